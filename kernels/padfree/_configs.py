@@ -1,0 +1,183 @@
+"""Launch configurations: one readable table, no timing at run time, no GPU query at import.
+
+A row is keyed by (pass, dtype kind, padded head_dim); of the rows whose `arch` and `max_length` admit the call
+the first one wins, so special rows stand before general ones and the last row of a key is its fallback. An
+architecture without rows of its own takes the general ones. DESIGN.md, "Configurations", says how a row earns
+its place; `python -m bench tune` proposes rows from measurements.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+ANY = 1 << 62
+
+
+class Config(NamedTuple):
+    """Tile of query rows x tile of keys, warps per program, depth of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+class Row(NamedTuple):
+    config: Config
+    why: str
+    max_length: int = ANY
+    arch: tuple[int, ...] = ()
+
+
+Key = tuple[str, str, int]
+
+_SHORT = "64-row tiles waste least on ragged short reviews (DESIGN.md); wgmma wants 64 rows"
+_LONG = "K and V are read once for twice the rows"
+_MMA_SYNC = "a 64 x 64 tile spills where the operands of mma.sync pass through registers"
+_IEEE = "fp32 dots are chains of FMAs that hold D inputs: few outputs a thread keep them out of local memory"
+_WIDE = "accumulators of 256 columns: narrow tiles, more warps"
+_TWO_STATES = "it holds its own sum beside the scores and their gradient: half the rows"
+_LANES = "4096 elements of K a tile: 32 accumulators a thread"
+
+TABLE: dict[Key, list[Row]] = {
+    ("forward", "half", 16): [Row(Config(64, 64, 4, 3), _SHORT)],
+    ("forward", "half", 32): [
+        Row(Config(64, 64, 8, 3), "4 warps keep 8 bytes on the stack there", arch=(80, 86, 89)),
+        Row(Config(64, 64, 4, 3), _SHORT),
+    ],
+    ("forward", "half", 64): [Row(Config(64, 64, 4, 3), _SHORT, 1024), Row(Config(128, 64, 8, 3), _LONG)],
+    ("forward", "half", 128): [
+        Row(Config(64, 64, 4, 2), _SHORT, 1024),
+        Row(Config(128, 32, 8, 2), _LONG + "; 64 keys keep 16 bytes on the stack there", arch=(80, 86, 89)),
+        Row(Config(128, 64, 8, 2), _LONG),
+    ],
+    ("forward", "half", 256): [Row(Config(64, 32, 8, 2), _WIDE)],
+    ("forward", "float", 16): [Row(Config(32, 32, 4, 2), _IEEE)],
+    ("forward", "float", 32): [Row(Config(32, 32, 4, 2), _IEEE)],
+    ("forward", "float", 64): [
+        Row(Config(32, 16, 8, 1), "32 keys spill 8 bytes there", arch=(90, 100, 103)),
+        Row(Config(32, 32, 8, 1), _IEEE),
+    ],
+    ("forward", "float", 128): [Row(Config(32, 16, 8, 1), _IEEE)],
+    ("forward", "float", 256): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("query_gradient", "half", 16): [
+        Row(Config(64, 32, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
+        Row(Config(64, 64, 4, 2), _SHORT),
+    ],
+    ("query_gradient", "half", 32): [Row(Config(64, 64, 4, 2), _SHORT)],
+    ("query_gradient", "half", 64): [
+        Row(Config(64, 32, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
+        Row(Config(64, 64, 4, 2), _SHORT),
+    ],
+    ("query_gradient", "half", 128): [Row(Config(64, 32, 4, 2), "64 keys spill beside 128 columns of dq")],
+    ("query_gradient", "half", 256): [Row(Config(32, 32, 8, 1), _WIDE)],
+    ("query_gradient", "float", 16): [Row(Config(32, 32, 4, 1), _IEEE)],
+    ("query_gradient", "float", 32): [Row(Config(32, 32, 4, 1), _IEEE)],
+    ("query_gradient", "float", 64): [Row(Config(32, 32, 8, 1), _IEEE)],
+    ("query_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("query_gradient", "float", 256): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("key_gradient", "half", 16): [Row(Config(64, 64, 4, 2), _SHORT)],
+    ("key_gradient", "half", 32): [Row(Config(64, 64, 4, 2), _SHORT)],
+    ("key_gradient", "half", 64): [
+        Row(Config(32, 64, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
+        Row(Config(64, 64, 4, 3), _SHORT + "; 2 stages keep 8 bytes on the stack when packed"),
+    ],
+    ("key_gradient", "half", 128): [
+        Row(Config(32, 64, 8, 2), "dK and dV of 128 columns fill 8 warps' registers")
+    ],
+    ("key_gradient", "half", 256): [Row(Config(32, 32, 8, 1), _WIDE)],
+    ("key_gradient", "float", 16): [Row(Config(16, 32, 4, 1), _IEEE)],
+    ("key_gradient", "float", 32): [Row(Config(32, 32, 4, 1), _IEEE)],
+    ("key_gradient", "float", 64): [
+        Row(Config(16, 32, 8, 1), "32 rows spill 8 bytes there", arch=(100, 103)),
+        Row(Config(32, 32, 8, 1), _IEEE),
+    ],
+    ("key_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("key_gradient", "float", 256): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("attn_mask_gradient", "half", 16): [Row(Config(32, 64, 8, 1), _TWO_STATES)],
+    ("attn_mask_gradient", "half", 32): [Row(Config(32, 64, 8, 1), _TWO_STATES)],
+    ("attn_mask_gradient", "half", 64): [
+        Row(Config(32, 32, 8, 1), "64 keys keep 32 bytes on the stack there", arch=(100, 103)),
+        Row(Config(32, 64, 8, 1), _TWO_STATES),
+    ],
+    ("attn_mask_gradient", "half", 128): [Row(Config(32, 32, 8, 1), _TWO_STATES)],
+    ("attn_mask_gradient", "half", 256): [Row(Config(16, 32, 8, 1), _TWO_STATES)],
+    ("attn_mask_gradient", "float", 16): [
+        Row(Config(16, 16, 2, 1), "8 warps keep 16 bytes on the stack there", arch=(100, 103)),
+        Row(Config(32, 16, 8, 1), _IEEE),
+    ],
+    ("attn_mask_gradient", "float", 32): [Row(Config(16, 16, 4, 1), _IEEE)],
+    ("attn_mask_gradient", "float", 64): [Row(Config(32, 32, 8, 1), _IEEE)],
+    ("attn_mask_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("attn_mask_gradient", "float", 256): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("single_query", "half", 16): [Row(Config(1, 256), _LANES)],
+    ("single_query", "half", 32): [Row(Config(1, 128), _LANES)],
+    ("single_query", "half", 64): [Row(Config(1, 64), _LANES)],
+    ("single_query", "half", 128): [Row(Config(1, 32), _LANES)],
+    ("single_query", "half", 256): [Row(Config(1, 16), _LANES)],
+    ("single_query", "float", 16): [Row(Config(1, 256), _LANES)],
+    ("single_query", "float", 32): [Row(Config(1, 128), _LANES)],
+    ("single_query", "float", 64): [Row(Config(1, 64), _LANES)],
+    ("single_query", "float", 128): [Row(Config(1, 32), _LANES)],
+    ("single_query", "float", 256): [Row(Config(1, 16), _LANES)],
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The tile width of a head: a power of two, at least the 16 that a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def dtype_kind(dtype: torch.dtype) -> str:
+    return "float" if dtype == torch.float32 else "half"
+
+
+def choose(
+    passname: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    length: int,
+    device: torch.device,
+    *,
+    heavy: bool = False,
+) -> Config:
+    """The table's configuration for one call. `length` is the padded (or maximal) number of keys.
+
+    A `heavy` call has attn_mask, dropout, a head_dim whose rows are not aligned, or a window over wide heads: what
+    it holds beside a tile of scores would spill, so it walks a short sequence's tiles in half steps with the
+    registers of more warps.
+    """
+    length = 0 if heavy else length
+    config = _choose(passname, dtype_kind(dtype), padded_head_dim(head_dim), length, architecture(device))
+    return _half_steps(passname, config) if heavy and passname in WALKS else config
+
+
+# The side of the tile that each pass walks along; the other one it owns.
+WALKS = {
+    "forward": "block_n",
+    "query_gradient": "block_n",
+    "key_gradient": "block_m",
+    "single_query": "block_n",
+}
+
+
+def _half_steps(passname: str, config: Config) -> Config:
+    step = max(16, getattr(config, WALKS[passname]) // 2)
+    return config._replace(**{WALKS[passname]: step}, num_warps=8, num_stages=min(2, config.num_stages))
+
+
+@lru_cache(maxsize=1024)
+def _choose(passname: str, kind: str, block_d: int, length: int, arch: int) -> Config:
+    rows = TABLE[passname, kind, block_d]
+    return next(row.config for row in rows if length <= row.max_length and (not row.arch or arch in row.arch))
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number (90 for sm_90); 0 where there is none, as in the interpreter."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,153 @@
+"""Forward kernel: out = softmax(scale * q @ kᵀ + attn_mask) @ v, and its LSE in base 2. DESIGN.md, "Forward".
+
+Grid: one program per (tile of BLOCK_M query rows, sequence and head); it owns those rows of out and lse2.
+Tiles with the highest rows come first: only long sequences have them, so long work starts first without a sort.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from padfree._configs import Config
+from padfree._launch import Call, on_device
+from padfree._tiles import (
+    EDGE,
+    FULL,
+    HOLES,
+    dropout_keep,
+    head_offset,
+    keys_of_rows,
+    load_keep_n,
+    load_tile,
+    online_softmax_step,
+    score_tile,
+    sequence_rows,
+    store_tile,
+)
+
+
+@triton.jit
+def attend(
+    acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+    k_strides, v_strides, mask_stride_n, attn_mask_strides,
+    lo, hi, stop, m, live_m, bh, factor, dropout_p, window_left, window_right,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Let rows m see the keys of [lo, hi), tile by tile; as visible as TILES says."""
+    for start in tl.range(lo, hi, BLOCK_N, num_stages=None if TILES == FULL else 1):
+        n = start + tl.arange(0, BLOCK_N)
+        keep_n = n < stop
+        if TILES == HOLES:
+            keep_n = load_keep_n(mask_ptr, mask_stride_n, n, stop)
+        if TILES != HOLES or tl.max(keep_n.to(tl.int32), 0) > 0:
+            scores, tile_factor, _ = score_tile(
+                q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
+                window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES,
+            )  # fmt: skip
+            probs, row_max2, row_sum, rescale = online_softmax_step(
+                row_max2, row_sum, scores, tile_factor, TILES != FULL or attn_mask_ptr is not None
+            )
+            if seed is not None:
+                probs = tl.where(dropout_keep(seed, bh, m[:, None], n[None, :], dropout_p), probs, 0.0)
+            v_keep = None if TILES == FULL else keep_n
+            v = load_tile(v_ptr, start, v_strides, v_keep, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
+            acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, row_max2, row_sum
+
+
+@triton.jit
+def attention_forward_kernel(
+    # Tensors: [B,H,M,D], [B,H_kv,N,D] x2, [B,N], [B,H,M,N], [1], [B+1] x2; out [B,H,M,D], lse2 [B,H,M]
+    q_ptr, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, out_ptr, lse2_ptr,
+    # Strides, one tuple a tensor
+    q_strides, k_strides, v_strides, mask_strides, attn_mask_strides, out_strides, lse2_strides,
+    # Sizes and scalars
+    sequences, heads, num_queries, num_keys, scale, scale2, dropout_p, window_left, window_right,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, SKIP_QUERIES: tl.constexpr, IS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows against every key it may see."""
+    tile = tl.cdiv(num_queries, BLOCK_M) - 1 - tl.program_id(0) // (sequences * heads)
+    bh = tl.program_id(0) % (sequences * heads)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    kv_h = h // GROUP
+    q_start, rows = sequence_rows(cu_q_ptr, b, num_queries)
+    k_start, keys = sequence_rows(cu_k_ptr, b, num_keys)
+    q_ptr += head_offset(q_strides, b, h, q_start, ALIGN)
+    k_ptr += head_offset(k_strides, b, kv_h, k_start, ALIGN)
+    v_ptr += head_offset(v_strides, b, kv_h, k_start, ALIGN)
+    out_ptr += head_offset(out_strides, b, h, q_start, ALIGN)
+    lse2_ptr += b * lse2_strides[0] + h * lse2_strides[1] + q_start
+    if mask_ptr is not None:
+        mask_ptr += b * mask_strides[0]
+    if attn_mask_ptr is not None:
+        attn_mask_ptr += b * attn_mask_strides[0] + h * attn_mask_strides[1]
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
+
+    m_first = tile * BLOCK_M
+    m_last = tl.minimum(m_first + BLOCK_M, rows) - 1
+    m = m_first + tl.arange(0, BLOCK_M)
+    in_m = m < rows
+    live_m = load_keep_n(mask_ptr, mask_strides[1], m, rows) if SKIP_QUERIES else in_m
+    stop, lo, holes_hi, full_lo, full_hi, hi = keys_of_rows(
+        m_first, m_last, mask_ptr, mask_strides[1], keys, window_left, window_right, BLOCK_N, SKIP_QUERIES
+    )
+
+    q = load_tile(q_ptr, m_first, q_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_max2 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if mask_ptr is not None:
+        acc, row_max2, row_sum = attend(
+            acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+            k_strides, v_strides, mask_strides[1], attn_mask_strides,
+            lo, holes_hi, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=HOLES,
+        )  # fmt: skip
+    if window_left is not None:
+        acc, row_max2, row_sum = attend(
+            acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+            k_strides, v_strides, mask_strides[1], attn_mask_strides,
+            lo, full_lo, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=EDGE,
+        )  # fmt: skip
+    acc, row_max2, row_sum = attend(
+        acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+        k_strides, v_strides, mask_strides[1], attn_mask_strides,
+        full_lo, full_hi, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=FULL,
+    )  # fmt: skip
+    acc, row_max2, row_sum = attend(
+        acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+        k_strides, v_strides, mask_strides[1], attn_mask_strides,
+        full_hi, hi, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=EDGE,
+    )  # fmt: skip
+
+    # NaN in a row's scores leaves it without a maximum, but not without a sum: it must come out NaN, not 0.
+    live_m = live_m & (row_sum != 0.0)
+    kept = 1.0 if seed_ptr is None else 1.0 - dropout_p
+    out = tl.where(live_m[:, None], acc / tl.where(live_m, row_sum * kept, 1.0)[:, None], 0.0)
+    store_tile(out_ptr, out, m_first, out_strides, in_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
+    lse2 = tl.where(live_m, row_max2 + tl.log2(row_sum), float("-inf"))
+    tl.store(lse2_ptr + m, lse2, mask=in_m)
+
+
+def launch_forward(call: Call, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """(out like query, lse2 [B,H,M] fp32) in one launch."""
+    query = call.query
+    out, lse2 = call.empty_like(query), call.empty_lse2()
+    if call.is_empty:
+        return out, lse2
+    config = config or call.config("forward")
+    grid = call.grid(triton.cdiv(call.max_q, config.block_m), call.heads)
+    with on_device(query):
+        attention_forward_kernel[grid](
+            out_ptr=out,
+            lse2_ptr=lse2,
+            out_strides=call.strides(out),
+            lse2_strides=call.strides(lse2),
+            **call.kernel_args(config, out),
+        )
+    return out, lse2

@@ -1,0 +1,170 @@
+"""The front doors for packed sequences and for one fused QKV buffer."""
+
+from torch import Tensor
+
+from padfree import _checks
+from padfree._checks import Window
+from padfree.api import LN2, Impl, choose_impl
+from padfree.reference import reference, reference_varlen
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    window: Window = None,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q_b @ k_bᵀ) @ v_b for every sequence b of a batch packed end to end.
+
+    Args:
+        query: [T_q, H, D]; sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Any strides.
+        key, value: [T_k, H_kv, D], likewise by cu_seqlens_k.
+        cu_seqlens_q, cu_seqlens_k: [B + 1] int32, non-decreasing, from 0. Their values are not read on the
+            host, so a wrong value cannot be reported.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; rows beyond max_seqlen_q would stay unwritten.
+        dropout_p, scale, window, return_lse, impl: as in `attention`.
+
+    Returns:
+        out [T_q, H, D]; with `return_lse` also lse [H, T_q] fp32.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `attention`.
+    """
+    _checks.check_varlen(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale, window
+    )
+    _checks.check_flag("return_lse", return_lse)
+    if choose_impl(impl, query) == "reference":
+        return reference_varlen(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p=dropout_p,
+            scale=scale,
+            window=window,
+            return_lse=return_lse,
+        )
+    from padfree._op import Options, Packing, run
+
+    options = Options.of(query, scale, dropout_p, window, False)
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out, lse2 = run(query, key, value, None, None, options, packing)
+    out = out[0].transpose(0, 1)
+    return (out, lse2[0] * LN2) if return_lse else out
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    window: Window = None,
+    skip_padded_queries: bool = False,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Self-attention on one buffer that holds query, key and value; its gradient is one buffer alike.
+
+    Args:
+        qkv: [B, S, 3, H, D] with an optional `key_padding_mask`, or packed [T, 3, H, D] with `cu_seqlens`
+            [B + 1] int32 and `max_seqlen`. Any strides.
+        key_padding_mask, dropout_p, scale, window, skip_padded_queries, return_lse, impl: as in `attention`.
+
+    Returns:
+        out [B, S, H, D] or [T, H, D]; with `return_lse` also lse [B, H, S] or [H, T] fp32.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `attention`.
+    """
+    _checks.check_qkvpacked(
+        qkv, key_padding_mask, cu_seqlens, max_seqlen, dropout_p, scale, window, skip_padded_queries
+    )
+    _checks.check_flag("return_lse", return_lse)
+    if choose_impl(impl, qkv) == "reference":
+        return _qkvpacked_reference(
+            qkv,
+            key_padding_mask,
+            cu_seqlens,
+            max_seqlen,
+            dropout_p,
+            scale,
+            window,
+            skip_padded_queries,
+            return_lse,
+        )
+    from padfree._op import Options, Packing, run_qkvpacked
+
+    options = Options.of(qkv, scale, dropout_p, window, skip_padded_queries)
+    packing = None
+    if cu_seqlens is not None and max_seqlen is not None:
+        packing = Packing(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out, lse2 = run_qkvpacked(qkv, _checks.padding_rows(key_padding_mask), options, packing)
+    out = out.transpose(1, 2)
+    if packing is not None:
+        out, lse2 = out[0], lse2[0]
+    return (out, lse2 * LN2) if return_lse else out
+
+
+def _qkvpacked_reference(
+    qkv: Tensor,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    dropout_p: float,
+    scale: float | None,
+    window: Window,
+    skip_padded_queries: bool,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if cu_seqlens is not None and max_seqlen is not None:
+        query, key, value = qkv.unbind(1)
+        return reference_varlen(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            dropout_p=dropout_p,
+            scale=scale,
+            window=window,
+            return_lse=return_lse,
+        )
+    query, key, value = split_qkv(qkv)
+    out, lse = reference(
+        query,
+        key,
+        value,
+        key_padding_mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        window=window,
+        skip_padded_queries=skip_padded_queries,
+        return_lse=True,
+    )
+    return (out.transpose(1, 2), lse) if return_lse else out.transpose(1, 2)
+
+
+def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, S, 3, H, D] or [T, 3, H, D] as three views in the padded form [B or 1, H, S or T, D]."""
+    padded = qkv if qkv.ndim == 5 else qkv[None]
+    query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value

@@ -1,0 +1,155 @@
+"""The readable oracle: masked attention in plain torch operations, on any device and in any dtype.
+
+It says what the kernel must compute, is what a CPU user gets, and is tested on its own. fp16 and bf16 inputs
+are computed in fp32 and rounded once at the end; fp32 and fp64 are computed as they come.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from padfree._checks import Window, check_attention, check_varlen, padding_rows
+
+LOWEST = float("-inf")
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    window: Window = None,
+    skip_padded_queries: bool = False,
+    return_lse: bool = False,
+    dropout_mask: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * query @ keyᵀ + attn_mask) @ value over the visible keys; see `padfree.attention`.
+
+    `dropout_mask` (bool, broadcastable to [B,H,M,N], True = dropped) replaces the random draw, so that a
+    known mask can be replayed. Unlike the kernel this keeps the [B,H,M,N] scores in memory, and it can be
+    differentiated twice.
+    """
+    check_attention(
+        query, key, value, key_padding_mask, attn_mask, dropout_p, scale, window, skip_padded_queries
+    )
+    batch, heads, rows, head_dim = query.shape
+    keys = key.shape[2]
+    dtype = query.dtype
+    work = torch.promote_types(dtype, torch.float32)
+    padding = padding_rows(key_padding_mask)
+
+    keep = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device)
+    if window is not None:
+        keep = keep & in_window(rows, keys, window, query.device)
+    if attn_mask is not None:
+        keep = keep & (~attn_mask if attn_mask.dtype == torch.bool else attn_mask != LOWEST)
+    if padding is not None:
+        keep = keep & ~padding[:, None, None, :]
+        if skip_padded_queries:
+            keep = keep & ~padding[:, None, :, None]
+        # What stands in padding may be NaN, and 0 * NaN is NaN: select before multiplying.
+        key = key.masked_fill(padding[:, None, :, None], 0)
+        value = value.masked_fill(padding[:, None, :, None], 0)
+    live = keep.any(dim=-1, keepdim=True)
+    query = query.masked_fill(~live, 0)
+
+    group = heads // max(key.shape[1], 1)
+    key = key.repeat_interleave(group, dim=1).to(work)
+    value = value.repeat_interleave(group, dim=1).to(work)
+    scale = head_dim**-0.5 if scale is None else scale
+    with full_precision(query):
+        scores = scale * (query.to(work) @ key.transpose(-2, -1))
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.to(work)
+    scores = scores.masked_fill(~keep, LOWEST)
+
+    row_max = scores.detach().amax(dim=-1, keepdim=True) if keys else scores.new_zeros(batch, heads, rows, 1)
+    exps = torch.exp(scores - row_max.masked_fill(~live, 0))
+    row_sum = exps.sum(dim=-1, keepdim=True).masked_fill(~live, 1)
+    probs = exps / row_sum
+    if dropout_mask is None and dropout_p > 0:
+        dropout_mask = torch.rand(probs.shape, device=probs.device) < dropout_p
+    if dropout_mask is not None:
+        probs = probs.masked_fill(dropout_mask, 0) / (1 - dropout_p) if dropout_p < 1 else probs * 0
+    with full_precision(query):
+        out = (probs @ value).masked_fill(~live, 0).to(dtype)
+    if not return_lse:
+        return out
+    lse = (row_max + torch.log(row_sum)).masked_fill(~live, LOWEST).squeeze(-1)
+    return out, lse.to(torch.promote_types(torch.float32, work))
+
+
+def reference_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    window: Window = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference` on each sequence of a packed batch in turn; see `padfree.attention_varlen`."""
+    check_varlen(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale, window
+    )
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [], []
+    for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
+        one = (query[q0:q1], key[k0:k1], value[k0:k1])
+        out, lse = reference(
+            *(x.transpose(0, 1)[None] for x in one),
+            dropout_p=dropout_p,
+            scale=scale,
+            window=window,
+            return_lse=True,
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    tail = query.shape[0] - q_ends[-1]
+    outs.append(query.new_zeros(tail, *query.shape[1:]))
+    out = torch.cat(outs)
+    if not return_lse:
+        return out
+    empty = torch.full((query.shape[1], tail), LOWEST, device=query.device)
+    return out, torch.cat([*lses, empty.to(lses[0].dtype) if lses else empty], dim=1)
+
+
+def attention_weights_reference(
+    query: Tensor, key: Tensor, lse: Tensor, padding: Tensor | None, rows: Tensor, scale: float | None
+) -> Tensor:
+    """exp(scale * query[rows] @ keyᵀ - lse[rows]) with padded keys at exactly 0: [B, H, len(rows), N]."""
+    group = query.shape[1] // max(key.shape[1], 1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    picked = lse[:, :, rows, None]
+    live = picked != LOWEST
+    chosen = query[:, :, rows].masked_fill(~live, 0).to(lse.dtype)
+    if padding is not None:
+        key = key.masked_fill(padding[:, None, :, None], 0)
+    with full_precision(query):
+        scores = scale * (chosen @ key.repeat_interleave(group, dim=1).to(lse.dtype).transpose(-2, -1))
+    weights = torch.exp(scores - picked.masked_fill(~live, 0)).masked_fill(~live, 0)
+    return weights if padding is None else weights.masked_fill(padding[:, None, None, :], 0)
+
+
+def full_precision(query: Tensor) -> torch.autocast:
+    """Keep a surrounding autocast away from products whose dtype is part of the contract."""
+    return torch.autocast(query.device.type, enabled=False)
+
+
+def in_window(rows: int, keys: int, window: tuple[int | None, int | None], device: torch.device) -> Tensor:
+    """[rows, keys] bool, True where row - left <= key <= row + right; None leaves a side open."""
+    left, right = window
+    distance = torch.arange(keys, device=device)[None, :] - torch.arange(rows, device=device)[:, None]
+    return (distance >= (-math.inf if left is None else -left)) & (
+        distance <= (math.inf if right is None else right)
+    )
