@@ -1,0 +1,74 @@
+"""The registry: which attention a name on the command line or in a call stands for, and what `auto` picks.
+
+All of them share one mask, the tokenizer's `attention_mask` (1 = token); its single inversion to padfree's
+`key_padding_mask` (True = padding) is in `padfree.integrations.transformers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ATTENTION_NAMES = ("auto", "padfree", "sdpa", "eager")
+
+
+def get_attention(name: str) -> Callable[..., Any]:
+    """The function behind a name, in transformers' form: (module, query, key, value, attention_mask, ...).
+
+    Raises:
+        ValueError: an unknown name, or "auto", which `choose_attention` resolves.
+    """
+    if name == "eager":
+        from imdb_classifier.modeling import eager_attention_forward
+
+        return eager_attention_forward
+    if name == "sdpa":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward
+    if name == "padfree":
+        from padfree.integrations.transformers import attention_forward
+
+        return attention_forward
+    raise ValueError(f"attention must be one of {', '.join(ATTENTION_NAMES[1:])}, got {name!r}")
+
+
+def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
+    """Resolve a name for this device and dtype, and make the answer known to transformers.
+
+    Args:
+        name: one of `ATTENTION_NAMES`. "auto" takes padfree on a GPU that can run it, else sdpa.
+        device, dtype: where, and in which precision, attention will be computed.
+
+    Returns:
+        (name, reason): what to pass as `attn_implementation`, and one line saying why it was picked.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: "padfree" was asked for and cannot run here; the message says why in one line.
+    """
+    import torch
+
+    import padfree
+    from padfree.integrations.transformers import register
+
+    if name not in ATTENTION_NAMES:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION_NAMES)}, got {name!r}")
+    if name not in ("auto", "padfree"):
+        return name, "asked for"
+    device = torch.device(device)
+    obstacle = padfree.why_not(torch.empty(0, dtype=dtype, device=device))
+    if name == "padfree":
+        if obstacle is not None:
+            raise RuntimeError(f"attention 'padfree' cannot run here ({obstacle}); auto, sdpa and eager can")
+        register()
+        return name, "asked for"
+    if obstacle is not None:
+        return "sdpa", f"auto: padfree cannot run: {obstacle}"
+    if device.type != "cuda":
+        return "sdpa", "auto: Triton's interpreter is for tests, PyTorch's own attention is faster on a CPU"
+    register()
+    return "padfree", f"auto: the fused kernel runs on {torch.cuda.get_device_name(device)}"

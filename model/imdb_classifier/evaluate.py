@@ -1,0 +1,102 @@
+"""imdb-evaluate: accuracy and loss of a checkpoint on a split, with any attention."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from imdb_classifier import cli
+from imdb_classifier.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.OneLineParser(prog="imdb-evaluate", description=__doc__)
+    cli.add_checkpoint_option(parser)
+    cli.add_data_options(parser, default=None)
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        default="test",
+        help="which reviews (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=cli.positive, default=64, help="reviews at a time (default: %(default)s)"
+    )
+    cli.add_compute_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument(
+        "--logits", type=Path, metavar="FILE", help="write one JSON line per review: row, label, logit"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return cli.run_command(build_parser(), evaluate, argv)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from imdb_classifier.checkpoint import STATE_FILE, read_json, resolve
+    from imdb_classifier.splits import load_reviews
+
+    folder = resolve(options.checkpoint)
+    dataset = options.dataset
+    if dataset is None:
+        if not (folder / STATE_FILE).exists():
+            raise UserError(f"{folder}: does not say what it was trained on, pass --dataset")
+        dataset = read_json(folder / STATE_FILE).get("settings", {}).get("dataset")
+        if not dataset:
+            raise UserError(f"{folder / STATE_FILE}: names no dataset, pass --dataset")
+    split = load_reviews(dataset, options.limit).split(options.split)
+
+    from imdb_classifier import inference, weights
+    from imdb_classifier.data import tokenize
+
+    accelerator = inference.make_accelerator(options.precision, options.cpu)
+    attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
+    model, tokenizer = weights.load_classifier(folder, attention)
+    with accelerator.main_process_first():
+        data = tokenize(split, tokenizer, model.config.max_length, options.cache_dir)
+    began = time.monotonic()
+    result = inference.evaluate(
+        accelerator.prepare(model),
+        data,
+        accelerator,
+        batch_size=options.batch_size,
+        pad_token_id=model.config.pad_token_id,
+    )
+    seconds = time.monotonic() - began
+    if not accelerator.is_main_process:
+        return 0
+    if options.logits is not None:
+        lines = (
+            json.dumps({"row": row, "label": label, "logit": logit}) + "\n"
+            for row, (label, logit) in enumerate(zip(split.labels, result.z.tolist(), strict=True))
+        )
+        options.logits.write_text("".join(lines), encoding="utf-8")
+    summary = {
+        "checkpoint": str(folder),
+        "dataset": dataset,
+        "split": options.split,
+        "reviews": len(split),
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "attention": attention,
+        "attention_reason": reason,
+        "precision": options.precision,
+        "seconds": seconds,
+    }
+    if options.json:
+        print(json.dumps(summary))
+    else:
+        print(f"attention: {attention} ({reason})")
+        print(
+            f"{options.split}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f}, {len(split):,} reviews, {seconds:.1f} s"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
