@@ -1,0 +1,106 @@
+"""`python -m bench SUITE [options]`: the front of the benchmark suite."""
+
+import argparse
+import importlib
+import sys
+
+from padfree_bench.results import RESULTS
+
+# Owned by modules with their own options; imported only when asked for.
+OWN_OPTIONS = {
+    "compile-report": "padfree_bench.compile_report",
+    "tune": "padfree_bench.tune",
+    "gpu-check": "padfree_bench.gpu_check",
+    "report": "padfree_bench.report",
+    "compare": "padfree_bench.compare",
+    "plan": "padfree_bench.plan",
+}
+SUITES = {
+    "attention": "one attention call: every peer, forward, backward and both",
+    "memory": "peak and extra memory of a call against length, no timing",
+    "encoder": "the whole classifier, inference and a training step",
+    "train": "the notebook's training loop against ours on IMDB lengths",
+    "hf": "a transformers BERT with eager, sdpa and padfree",
+}
+HELP = {
+    "compile-report": "registers, shared memory and predicted time of every kernel configuration, without a GPU",
+    "tune": "propose rows for the kernel's configuration table: measured on a GPU, else predicted",
+    "gpu-check": "prove the kernels on a GPU step by step, with a JSON verdict; a rehearsal without one",
+    "report": "plots, one HTML page, and README's table from the result files",
+    "compare": "what got slower from result file A to B beyond noise",
+    "plan": "the full GPU round in three parts of under nine minutes each",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = top.add_subparsers(dest="suite", required=True, metavar="COMMAND")
+    for name, summary in SUITES.items():
+        suite = commands.add_parser(name, help=summary, description=summary)
+        add_suite_options(suite)
+    for name, summary in HELP.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    return top
+
+
+def positive_minutes(text: str) -> float:
+    """A time budget; nan and less than nothing are refused."""
+    minutes = float(text)
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"minutes must be more than 0, got {text}")
+    return minutes
+
+
+def add_suite_options(suite: argparse.ArgumentParser) -> None:
+    """The options that every suite shares."""
+    suite.add_argument(
+        "--shapes", help="groups (imdb, full, padding, length, batch) or B64-H12-D64-S400-imdb-bf16, by comma"
+    )
+    suite.add_argument("--dtypes", help="fp32, fp16, bf16, by comma")
+    suite.add_argument("--peers", help="implementations by name, by comma; an unknown name lists them all")
+    suite.add_argument("--directions", help="forward, backward, both, by comma")
+    suite.add_argument(
+        "--quick", action="store_true", help="a handful of small cases; kept apart from full results"
+    )
+    suite.add_argument(
+        "--twice", action="store_true", help="time every peer a second time under another name"
+    )
+    suite.add_argument("--json", action="store_true", help="print the result file instead of the table")
+    suite.add_argument(
+        "--minutes", type=positive_minutes, help="start no further case after this many minutes"
+    )
+    suite.add_argument("--label", help="part of the file name, to keep several runs of one suite apart")
+    suite.add_argument("--output", default=str(RESULTS), help="folder for results (default: bench/results)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a wrong argument is one line on standard error and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in OWN_OPTIONS:
+        return _own_options(argv[0], argv[1:])
+    options = parser().parse_args(argv)
+    module = importlib.import_module(f"padfree_bench.{options.suite}")
+    try:
+        module.run(options, argv)
+    except (ValueError, OSError) as error:
+        print(f"python -m bench {options.suite}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the cases measured so far are saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _own_options(name: str, argv: list[str]) -> int:
+    try:
+        module = importlib.import_module(OWN_OPTIONS[name])
+    except ModuleNotFoundError as error:
+        if error.name != OWN_OPTIONS[name]:
+            raise
+        print(f"python -m bench {name}: not part of this checkout", file=sys.stderr)
+        return 2
+    try:
+        return int(module.main(argv) or 0)
+    except OSError as error:
+        print(f"python -m bench {name}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,101 @@
+"""`python -m bench compare A.json B.json`: what got slower from A to B beyond noise."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from padfree_bench.results import Result, Row, load
+
+# Medians of two runs on one machine differ by a few percent without any change of code.
+THRESHOLD = 0.05
+MUST_AGREE = ("device", "torch_threads", "cuda")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One case in both files. `slower` and `faster` mean: by more than the threshold and than both intervals."""
+
+    before: Row
+    after: Row
+    threshold: float = THRESHOLD
+
+    @property
+    def ratio(self) -> float:
+        assert self.before.ms_p50 is not None and self.after.ms_p50 is not None
+        return self.after.ms_p50 / self.before.ms_p50
+
+    @property
+    def slower(self) -> bool:
+        assert self.before.ms_p80 is not None and self.after.ms_p20 is not None
+        return self.ratio > 1 + self.threshold and self.after.ms_p20 > self.before.ms_p80
+
+    @property
+    def faster(self) -> bool:
+        assert self.before.ms_p20 is not None and self.after.ms_p80 is not None
+        return self.ratio < 1 / (1 + self.threshold) and self.after.ms_p80 < self.before.ms_p20
+
+
+def changes(before: Result, after: Result, threshold: float = THRESHOLD) -> list[Change]:
+    """Every case that both files have timed, by (case, direction, peer)."""
+    first = {row.key[1:]: row for row in before.rows if row.timed}
+    return [
+        Change(first[row.key[1:]], row, threshold) for row in after.rows if row.timed and row.key[1:] in first
+    ]
+
+
+def lost(before: Result, after: Result) -> list[Row]:
+    """Rows of `after` that have no figure any more although `before` had one."""
+    had = {row.key[1:] for row in before.rows if row.timed}
+    return [row for row in after.rows if not row.timed and row.key[1:] in had]
+
+
+def differences(before: Result, after: Result) -> list[str]:
+    """What makes the two files hard to compare."""
+    return [
+        f"{name} differs: {before.environment.get(name)} and {after.environment.get(name)}"
+        for name in MUST_AGREE
+        if before.environment.get(name) != after.environment.get(name)
+    ]
+
+
+def describe(change: Change) -> str:
+    before, after = change.before, change.after
+    return (
+        f"{after.case} {after.direction} {after.peer}: {before.ms_p50:.4g} [{before.ms_p20:.4g}, {before.ms_p80:.4g}]"
+        f" -> {after.ms_p50:.4g} [{after.ms_p20:.4g}, {after.ms_p80:.4g}] ms ({change.ratio - 1:+.0%})"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 1 when something got slower or lost its figure, 2 when the files cannot be compared."""
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="smallest change that counts (0.05)"
+    )
+    options = parser.parse_args(argv)
+    try:
+        before, after = load(options.before), load(options.after)
+    except ValueError as error:
+        print(f"python -m bench compare: {error}", file=sys.stderr)
+        return 2
+    for line in differences(before, after):
+        print(f"note: {line}")
+    found = changes(before, after, options.threshold)
+    if not found:
+        print("python -m bench compare: the files have no timed case in common", file=sys.stderr)
+        return 2
+    slower = [change for change in found if change.slower]
+    faster = [change for change in found if change.faster]
+    gone = lost(before, after)
+    for title, lines in (
+        ("slower", [describe(change) for change in slower]),
+        ("no figure any more", [f"{row.case} {row.direction} {row.peer}: {row.reason}" for row in gone]),
+        ("faster", [describe(change) for change in faster]),
+    ):
+        if lines:
+            print(f"{title}:", *(f"  {line}" for line in lines), sep="\n")
+    print(f"{len(found)} cases compared: {len(slower)} slower, {len(faster)} faster, {len(gone)} lost")
+    return 1 if slower or gone else 0

@@ -1,0 +1,63 @@
+"""`python -m bench memory`: what one call holds at its peak, against length, without timing anything."""
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+from padfree_bench.attention import (
+    MAKE_CALL,
+    admit,
+    choose_directions,
+    fill_profile,
+    peers_for,
+    release,
+    start_row,
+)
+from padfree_bench.cases import Case, choose_cases, cpu_groups, gpu_groups
+from padfree_bench.inputs import compute_truth, make_inputs
+from padfree_bench.peers import Peer
+from padfree_bench.results import NOT_RUN, OK, Result, Row
+from padfree_bench.session import Session, first_line
+
+
+def run_case(
+    case: Case, peers: list[Peer], directions: list[str], device: torch.device, suite: str
+) -> list[Row]:
+    """Peak and extra memory of every peer, one at a time, so that each has the whole memory to itself."""
+    inputs = make_inputs(case, device)
+    truth = compute_truth(inputs)
+    rows = []
+    for peer in peers:
+        for direction in directions:
+            contender = admit(peer, inputs, truth, training=direction != "forward")
+            row = start_row(suite, case, inputs, direction, contender)
+            if contender.prepared is not None:
+                try:
+                    call = MAKE_CALL[direction](contender.prepared)
+                    fill_profile(row, contender.prepared, call, direction, device)
+                    row.status = "measured" if row.status == OK else row.status
+                except Exception as error:  # noqa: BLE001 - the row says how it failed
+                    row.status, row.reason = NOT_RUN, first_line(error)
+            rows.append(row)
+            del contender
+            release(device)
+    return rows
+
+
+def run(options: argparse.Namespace, command: list[str]) -> Result:
+    """The memory suite: the length sweep unless --shapes says otherwise."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = options.shapes or (None if options.quick else "length")
+    cases = choose_cases(device_type, shapes, options.dtypes, options.quick)
+    if shapes is None:
+        # A quick look needs two lengths, not the whole handful of the speed suite.
+        sweep = (gpu_groups() if device_type == "cuda" else cpu_groups())["length"]
+        cases = [replace(case, batch=1) for case in sweep[:2]]
+    directions = choose_directions(options.directions or "forward,both")
+    peers = peers_for(options.peers, torch.device(device_type))
+    session = Session("memory", options, command, {case.dtype for case in cases})
+    return session.run(
+        (case.id, lambda case=case: run_case(case, peers, directions, session.device, session.result.suite))  # type: ignore[misc]
+        for case in cases
+    )

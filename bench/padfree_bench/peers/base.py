@@ -1,0 +1,137 @@
+"""What a peer is: one implementation of padded attention behind one small signature."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from padfree_bench.inputs import Inputs
+
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+class Refused(Exception):
+    """This peer cannot run this case; the text says why and becomes the row."""
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _as_they_are(grads: tuple[Tensor, ...]) -> Grads:
+    d_query, d_key, d_value = grads
+    return d_query, d_key, d_value
+
+
+@dataclass
+class Prepared:
+    """One peer, ready to be timed on one case.
+
+    forward() computes the output in the peer's own layout; backward differentiates it by `leaves` for `d_out`.
+    `output` and `grads` bring the results to [B, H, S, D] for the check and are never timed.
+    `ran` names what really computes it, as far as it is known before a profile.
+    """
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    d_out: Tensor
+    ran: str
+    output: Callable[[Tensor], Tensor] = _same
+    grads: Callable[[tuple[Tensor, ...]], Grads] = _as_they_are
+
+
+@dataclass(frozen=True)
+class Peer:
+    """name as in tables; `note` says what the time includes; `upper_bound` marks a wrong answer kept for scale."""
+
+    name: str
+    prepare: Callable[[Inputs, bool], Prepared]
+    note: str
+    upper_bound: bool = False
+    slow_to_compile: bool = field(default=False)
+
+
+def leaves_of(*tensors: Tensor, training: bool) -> tuple[Tensor, ...]:
+    """Detached inputs, which require a gradient when the case trains."""
+    return tuple(tensor.detach().requires_grad_(training) for tensor in tensors)
+
+
+def padded(
+    inputs: Inputs, training: bool, run: Callable[[Tensor, Tensor, Tensor], Tensor], ran: str
+) -> Prepared:
+    """A peer that takes and returns [B, H, S, D]."""
+    leaves = leaves_of(inputs.query, inputs.key, inputs.value, training=training)
+    return Prepared(lambda: run(*leaves), leaves, inputs.d_out, ran)
+
+
+def packed(
+    inputs: Inputs, training: bool, run: Callable[[Tensor, Tensor, Tensor], Tensor], ran: str
+) -> Prepared:
+    """A peer that takes and returns [T, H, D], packed before the clock starts."""
+    ready = (inputs.pack(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
+    leaves = leaves_of(*ready, training=training)
+    return Prepared(
+        lambda: run(*leaves),
+        leaves,
+        inputs.pack(inputs.d_out),
+        ran,
+        output=inputs.unpack,
+        grads=lambda grads: _as_they_are(tuple(inputs.unpack(grad) for grad in grads)),
+    )
+
+
+def packing(inputs: Inputs, training: bool, run: Callable[..., Tensor], ran: str) -> Prepared:
+    """A packed peer that starts and ends padded: offsets, gather and scatter are inside the clock.
+
+    run(query, key, value, cu_seqlens, max_seqlen) on [T, H, D].
+    """
+    from torch.nn.functional import pad
+
+    def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keep = ~inputs.padding
+        cu_seqlens = pad(torch.cumsum(keep.sum(1), 0, dtype=torch.int32), (1, 0))
+        where = torch.nonzero(keep.flatten()).flatten()
+        rows = (tensor.transpose(1, 2).flatten(0, 1).index_select(0, where) for tensor in (query, key, value))
+        out = run(*rows, cu_seqlens, inputs.case.seq)
+        batch, seq = inputs.padding.shape
+        spread = out.new_zeros(batch * seq, *out.shape[1:]).index_copy(0, where, out)
+        return spread.view(batch, seq, *out.shape[1:]).transpose(1, 2)
+
+    return padded(inputs, training, whole, ran)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """torch.compile for fixed shapes, compiled anew for every case."""
+    import torch._dynamo
+    import torch._functorch.config
+
+    # Beyond its limit of 8 shapes torch would run eager code in silence.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**16
+    # The backward alone is timed with retain_graph, which donated buffers forbid.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, dynamic=False, **options)
+
+
+def needs(module: str) -> None:
+    """Refuse with the package's name where it is not installed."""
+    import importlib
+
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # noqa: BLE001 - a broken wheel fails in many ways; each is a reason for the row
+        first_line = (str(error).splitlines() or [""])[0]
+        raise Refused(f"{module} is not usable here: {type(error).__name__}: {first_line}") from None
+
+
+def needs_cuda(inputs: Inputs, what: str) -> None:
+    """Refuse on a CPU."""
+    if inputs.device.type != "cuda":
+        raise Refused(f"{what} runs on CUDA only, this is {inputs.device.type}")
+
+
+def needs_16_bit(inputs: Inputs, what: str) -> None:
+    """Refuse fp32."""
+    if inputs.query.dtype not in (torch.float16, torch.bfloat16):
+        raise Refused(f"{what} takes fp16 and bf16 only, this is {inputs.case.dtype}")

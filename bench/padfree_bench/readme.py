@@ -1,0 +1,93 @@
+"""README's headline table: written from the result files, never by hand."""
+
+from pathlib import Path
+
+from padfree_bench.results import OK, Result, Row
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+OURS = ("padfree-skip", "padfree", "padfree-qkv", "ours-padfree", "ours-sdpa")
+PACKED = ("varlen_attn", "flash-attn", "xformers", "nested")
+HEADLINE = {
+    ("attention", "B64-H12-D64-S400-imdb-bf16", "forward"),
+    ("attention", "B64-H12-D64-S400-imdb-bf16", "both"),
+    ("attention", "B64-H4-D8-S400-imdb-bf16", "forward"),
+    ("attention", "B64-H4-D8-S400-imdb-bf16", "both"),
+    ("attention", "B64-H12-D64-S512-full-bf16", "forward"),
+    ("attention", "B64-H12-D64-S512-full-bf16", "both"),
+}
+STEP_SUITES = ("train", "encoder", "hf")
+HEAD = "| device, case | baseline | best other | ours | faster than baseline | than best other |\n|---|---|---|---|---|---|"
+
+
+def table(results: list[tuple[str, Result]]) -> str:
+    """The Markdown between the markers: headline cases of every device that was fully measured."""
+    full = [(folder, result) for folder, result in results if not result.quick]
+    lines = []
+    if not any(result.environment.get("device_type") == "cuda" for _, result in full):
+        lines += [
+            "On a GPU: not measured yet. The kernel's own rows will stand here once one was at hand.",
+            "",
+        ]
+    rows = [line for _, result in full for line in _lines(result)]
+    if rows:
+        lines += [HEAD, *rows, "", _sources(full)]
+    return "\n".join(lines).rstrip()
+
+
+def _suite(result: Result) -> str:
+    return result.suite.split("-")[0]
+
+
+def _lines(result: Result) -> list[str]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in result.rows:
+        wanted = _suite(result) in STEP_SUITES or (_suite(result), row.case, row.direction) in HEADLINE
+        if wanted and row.timed and row.status == OK:
+            groups.setdefault((row.case, row.direction), []).append(row)
+    lines = (_line(result, case, direction, rows) for (case, direction), rows in groups.items())
+    return [line for line in lines if line]
+
+
+def _line(result: Result, case: str, direction: str, rows: list[Row]) -> str:
+    """One case: the usual choice, the fastest that is not ours and takes the same padded input, and ours."""
+    by_name = {row.peer: row for row in rows}
+    baseline = next((by_name[name] for name in ("notebook", "sdpa") if name in by_name), rows[0])
+    ours = next((by_name[name] for name in OURS if name in by_name), None)
+    others = [row for row in rows if not row.peer.startswith(("padfree", "ours")) and row.peer not in PACKED]
+    best = min(others, key=lambda row: row.ms_p50 or 0)
+    if ours is None:
+        return ""
+    name = f"{result.device}: {_suite(result)} {case}, {direction}"
+    figures = [f"{row.peer} {row.ms_p50:.4g} ms" for row in (baseline, best)]
+    mine = f"**{ours.peer} {ours.ms_p50:.4g} ms** [{ours.ms_p20:.4g}, {ours.ms_p80:.4g}]"
+    ratios = [f"{(row.ms_p50 or 0) / (ours.ms_p50 or 1):.2f}x" for row in (baseline, best)]
+    return f"| {name} | {figures[0]} | {figures[1]} | {mine} | {ratios[0]} | {ratios[1]} |"
+
+
+def _sources(results: list[tuple[str, Result]]) -> str:
+    used = [(folder, result) for folder, result in results if _lines(result)]
+    sources = (
+        f"`{result.environment['command']}` (torch {result.environment['versions']['torch']}, "
+        f"commit {str(result.environment.get('commit'))[:10]}, `bench/results/{folder}/{result.suite}.json`)"
+        for folder, result in used
+    )
+    return (
+        "Medians [p20, p80] of one run each; bold is ours, also where it loses. Made by "
+        + "; ".join(sources)
+        + "."
+    )
+
+
+def rewrite(readme: str, content: str) -> str:
+    """README's text with the part between the markers replaced; ValueError where the markers are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README must hold the lines {BEGIN} and {END}, in this order")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def agrees(readme: Path, results: list[tuple[str, Result]]) -> bool:
+    """Whether README says what the files say."""
+    text = readme.read_text()
+    return rewrite(text, table(results)) == text

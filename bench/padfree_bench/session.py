@@ -1,0 +1,118 @@
+"""One run of one suite: its deadline, its progress, and a result file that is whole after every case."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from padfree_bench import machine
+from padfree_bench.ceilings import Ceilings, measure_ceilings
+from padfree_bench.results import NOT_RUN, Result, Row, cell, grouped, save, to_json
+from padfree_bench.timing import Effort, own_stream
+
+MAIN_COLUMNS = (
+    "peer",
+    "time",
+    "graph_ms",
+    "tflops",
+    "tokens_per_s",
+    "reviews_per_s",
+    "fraction",
+    "peak_mib",
+    "extra_mib",
+    "launches",
+    "syncs",
+    "relative_error",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """One line that says what went wrong, for a row."""
+    if out_of_memory(error):
+        return "out of memory"
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+class Session:
+    """Holds the options every suite shares and collects rows.
+
+    The result is saved after each case, so that a run that is stopped keeps what it had measured.
+    """
+
+    def __init__(
+        self, suite: str, options: argparse.Namespace, command: list[str], dtypes: Iterable[str]
+    ) -> None:
+        self.options = options
+        self.device = machine.pick_device()
+        self.effort = Effort.of(options.quick)
+        self.deadline = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
+        name = f"{suite}-{options.label}" if options.label else suite
+        self.result = Result(name, machine.environment(self.device, command), quick=options.quick)
+        slug = machine.device_slug(self.device)
+        self.folder = Path(options.output) / (f"{slug}-quick" if options.quick else slug)
+        self.ceilings: Ceilings = measure_ceilings(self.device, set(dtypes))
+        self.result.ceilings = asdict(self.ceilings)
+
+    def run(self, cases: Iterable[tuple[str, Callable[[], list[Row]]]]) -> Result:
+        """Measure each (name, function that returns its rows) until done or out of time; then print the table."""
+        todo = list(cases)
+        with (
+            own_stream(self.device),
+            tqdm(todo, desc=self.result.suite, file=sys.stderr, disable=None) as progress,
+        ):
+            for name, measure_case in progress:
+                if time.monotonic() > self.deadline:
+                    self.result.not_reached.append(name)
+                    continue
+                progress.set_postfix_str(name)
+                self.result.rows += measure_case()
+                self._save()
+        self.result.environment["clocks_after"] = machine.clocks()
+        self._save()
+        print(to_json(self.result) if self.options.json else terminal_table(self.result))
+        from padfree_bench.plots import draw_all  # matplotlib takes a second to import
+
+        pictures = draw_all(self.result, self.folder / "plots")
+        print(f"saved {self.folder / self.result.suite}.json, .csv and .md", file=sys.stderr)
+        if pictures:
+            print(
+                f"drew {len(pictures)} pictures in {self.folder / 'plots'}, as .png and .svg", file=sys.stderr
+            )
+        return self.result
+
+    def _save(self) -> None:
+        save(self.result, self.folder)
+
+
+def terminal_table(result: Result) -> str:
+    """The main columns in fixed width, then each remark once with the peers it is about."""
+    lines = [f"{result.suite} on {result.device}, torch {result.environment['versions']['torch']}"]
+    for (case, direction), rows in grouped(result.rows).items():
+        shown = [row for row in rows if row.status != NOT_RUN]
+        columns = [name for name in MAIN_COLUMNS if any(cell(row, name) for row in shown)]
+        table = [columns, *([cell(row, name) for name in columns] for row in shown)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+        lines += ["", f"{case}, {direction}" + ("" if shown else ": nothing ran")]
+        for line in table if shown else []:
+            lines.append(
+                "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            )
+    reasons: dict[str, dict[str, None]] = {}
+    for row in result.rows:
+        if row.reason:
+            reasons.setdefault(row.reason, {})[row.peer] = None
+    if reasons:
+        lines += ["", "remarks:", *(f"  {', '.join(peers)}: {reason}" for reason, peers in reasons.items())]
+    if result.not_reached:
+        lines += ["", f"not reached within the time given: {', '.join(result.not_reached)}"]
+    return "\n".join(lines)

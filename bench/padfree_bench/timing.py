@@ -1,0 +1,175 @@
+"""Interleaved timing: one repetition of every contender in turn, again and again, then medians and quantiles.
+
+On a GPU each call stands between two CUDA events after the L2 cache was overwritten; `wall=True` and CPUs use
+the wall clock with a synchronisation. Drift of clocks or neighbours then hits all contenders alike.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Call = Callable[[], object]
+# Larger than any L2 in use.
+FLUSH_BYTES = 256 * 2**20
+# About half a millisecond in which the host queues the call under test, so that its events enclose the GPU's work
+# and not the host's; that is `host_us`.
+WAIT_CYCLES = 1_000_000
+LOWER, UPPER = 20, 80
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Quantiles of one contender's repetitions in milliseconds, and the host's median to issue one call."""
+
+    p20: float
+    p50: float
+    p80: float
+    repetitions: int
+    host_us: float | None = None
+
+    @property
+    def width(self) -> float:
+        """The interval printed beside the median: p80 - p20."""
+        return self.p80 - self.p20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: seconds for all contenders together, bounds on the repetitions, and an end to slow rounds."""
+
+    seconds: float = 2.0
+    least: int = 10
+    most: int = 100
+    warmup: int = 3
+    at_most_seconds: float = 15.0
+
+    @classmethod
+    def of(cls, quick: bool) -> "Effort":
+        return cls(seconds=0.5, least=5, most=20, warmup=1) if quick else cls()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summarise(milliseconds: list[float], host_us: list[float] | None = None) -> Sample:
+    """Median and the 20th and 80th percentile of one contender."""
+    p20, p50, p80 = np.percentile(milliseconds, [LOWER, 50, UPPER])
+    return Sample(
+        float(p20), float(p50), float(p80), len(milliseconds), float(np.median(host_us)) if host_us else None
+    )
+
+
+def measure(
+    calls: dict[str, Call],
+    device: torch.device,
+    effort: Effort,
+    wall: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Sample]:
+    """Time every call, interleaved A B C A B C.
+
+    Args:
+        calls: what to time, by name. Each must leave the state as it found it.
+        device: where they run.
+        effort: how many repetitions; the same number for each.
+        wall: wall clock with synchronisation on a GPU too, for whole steps.
+        clock: seconds, replaceable in tests.
+    """
+    if not calls:
+        return {}
+    if device.type == "cuda" and not wall:
+        return _measure_events(calls, effort, clock)
+
+    def timed(call: Call) -> float:
+        synchronize(device)
+        start = clock()
+        call()
+        synchronize(device)
+        return (clock() - start) * 1e3
+
+    for _ in range(max(1, effort.warmup)):
+        round_ms = sum(timed(call) for call in calls.values())
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_repetitions(round_ms, effort)):
+        for name, call in calls.items():
+            taken[name].append(timed(call))
+    return {name: summarise(values) for name, values in taken.items()}
+
+
+def _measure_events(calls: dict[str, Call], effort: Effort, clock: Callable[[], float]) -> dict[str, Sample]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def timed(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event, float]:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        torch.cuda._sleep(WAIT_CYCLES)
+        start.record()
+        issued = clock()
+        call()
+        issued = clock() - issued
+        end.record()
+        return start, end, issued * 1e6
+
+    for _ in range(max(1, effort.warmup)):
+        begin = clock()
+        for call in calls.values():
+            timed(call)
+        torch.cuda.synchronize()
+        round_ms = (clock() - begin) * 1e3
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event, float]]] = {name: [] for name in calls}
+    for _ in range(_repetitions(round_ms, effort)):
+        for name, call in calls.items():
+            events[name].append(timed(call))
+        # Bounds the queue, so that no call waits for a full one; between rounds, not inside a timed region.
+        torch.cuda.synchronize()
+    return {
+        name: summarise([start.elapsed_time(end) for start, end, _ in taken], [host for _, _, host in taken])
+        for name, taken in events.items()
+    }
+
+
+def _repetitions(round_ms: float, effort: Effort) -> int:
+    """As many as the time allows, within the bounds; of rounds too slow for those, three."""
+    round_seconds = max(round_ms, 1e-6) / 1e3
+    wanted = np.clip(effort.seconds / round_seconds, effort.least, effort.most)
+    return int(max(min(3, effort.least), min(wanted, effort.at_most_seconds / round_seconds)))
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Work on one stream that is not the default one, on a GPU: what a graph captures must have begun on its stream.
+
+    Autograd keeps the stream a leaf was first used on while a graph of it lives, and a capture that is drawn to
+    the default stream is invalid.
+    """
+    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
+        yield
+
+
+def capture_graph(make: Callable[[], Call]) -> Call:
+    """A replay of the call as one CUDA graph; raises what the capture raises. To be used within `own_stream`."""
+    call, stream = make(), torch.cuda.current_stream()
+    for _ in range(3):
+        call()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            call()
+    except Exception:
+        # torch leaves a failed capture open, and every later empty_cache() would stop on an internal assertion.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            torch._C._cuda_releasePool(stream.device_index, pool)
+        raise
+
+    def replay(kept: Call = call) -> None:
+        # `kept`: the graph reads what the call holds, such as the output that a backward starts from.
+        graph.replay()
+
+    return replay
