@@ -1,0 +1,23 @@
+"""The table of wrong calls: every door of the library, and what can be wrong with each of its arguments."""
+
+from bad_calls.doors import DOORS, BadCall
+from bad_calls.options import options, sequences, singles
+from bad_calls.tensors import attn_masks, padding_masks, tensors
+
+__all__ = ["BAD_CALLS", "DOORS", "BadCall"]
+
+BAD_CALLS = [
+    *tensors("attention"),
+    *tensors("attention_varlen"),
+    *options("attention"),
+    *options("attention_varlen"),
+    *options("attention_qkvpacked"),
+    *padding_masks("attention"),
+    *padding_masks("attention_qkvpacked"),
+    *padding_masks("attention_weights"),
+    *attn_masks(),
+    *sequences("attention_varlen", "cu_seqlens_q", "max_seqlen_q"),
+    *sequences("attention_varlen", "cu_seqlens_k", "max_seqlen_k"),
+    *sequences("attention_qkvpacked_varlen", "cu_seqlens", "max_seqlen"),
+    *singles(),
+]

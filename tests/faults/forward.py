@@ -1,0 +1,123 @@
+"""Faults of the forward kernel."""
+
+from functools import partial
+
+from faults.fault import Fault
+
+forward = partial(Fault, file="_forward.py")
+
+FAULTS = [
+    forward(
+        "rows past the end are stored", "bounds",
+        fragment="in_m = m < rows", replacement="in_m = m <= rows",
+    ),
+    forward(
+        "the last partial tile of rows is skipped", "bounds",
+        fragment="grid = call.grid(triton.cdiv(call.max_q, config.block_m),", replacement="grid = call.grid(call.max_q // config.block_m,",
+    ),
+    forward(
+        "keys past the end reach an attn_mask tile", "bounds",
+        fragment="in_mn = live_m[:, None] & (n < stop)[None, :]", replacement="in_mn = live_m[:, None] & (n <= stop)[None, :]",
+        file="_tiles.py",
+    ),
+    forward(
+        "a sequence with holes is walked twice", "mask",
+        fragment="full_hi, tl.where(holes, full_hi, hi)", replacement="full_hi, hi",
+        file="_tiles.py",
+    ),
+    forward(
+        "tiles with holes are skipped", "mask",
+        fragment="lo, tl.where(holes, hi, lo)", replacement="lo, lo",
+        file="_tiles.py",
+    ),
+    forward(
+        "edge tiles are not masked", "mask",
+        fragment="if TILES != FULL:\n        scores = hide_keys", replacement="if False:\n        scores = hide_keys",
+        file="_tiles.py",
+    ),
+    forward(
+        "the tiles left of the window's full ones are skipped", "window",
+        fragment="lo, full_lo, stop, m, live_m", replacement="lo, lo, stop, m, live_m",
+    ),
+    forward(
+        "the edge tiles on the right are skipped", "window",
+        fragment="full_hi, tl.where(holes, full_hi, hi)", replacement="full_hi, tl.where(holes, full_hi, full_hi)",
+        file="_tiles.py",
+    ),
+    forward(
+        "sequence 0's padding hides every sequence's keys", "addressing",
+        fragment="mask_ptr += b * mask_strides[0]", replacement="mask_ptr += 0 * mask_strides[0]",
+    ),
+    forward(
+        "the mask's last stride is taken as 1", "addressing",
+        fragment="m_first, m_last, mask_ptr, mask_strides[1], keys", replacement="m_first, m_last, mask_ptr, 1, keys",
+    ),
+    forward(
+        "values are found by the strides of keys", "addressing",
+        fragment="v_ptr += head_offset(v_strides",
+        replacement="v_ptr += head_offset(k_strides",
+    ),
+    forward(
+        "head and sequence are swapped", "addressing",
+        fragment="b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)",
+        replacement="b, h = (bh % sequences).to(tl.int64), (bh // sequences).to(tl.int64)",
+    ),
+    forward(
+        "grouped heads take keys in turn", "addressing",
+        fragment="kv_h = h // GROUP", replacement="kv_h = h % (heads // GROUP)",
+    ),
+    forward(
+        "the attn_mask of head 0 serves every head", "addressing",
+        fragment="b * attn_mask_strides[0] + h * attn_mask_strides[1]", replacement="b * attn_mask_strides[0]",
+    ),
+    forward(
+        "the LSE's offset is 32 bits wide", "offset width",
+        fragment="lse2_ptr += b * lse2_strides[0] + h * lse2_strides[1] + q_start",
+        replacement="lse2_ptr += (b * lse2_strides[0] + h * lse2_strides[1] + q_start).to(tl.int32)",
+    ),
+    forward(
+        "batch and head are 32 bits wide", "offset width",
+        fragment="b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)", replacement="b, h = bh // heads, bh % heads",
+    ),
+    forward(
+        "the accumulator is not rescaled", "online softmax",
+        fragment="acc * rescale[:, None]", replacement="acc",
+    ),
+    forward(
+        "the sum is missing from the LSE", "conventions",
+        fragment="row_max2 + tl.log2(row_sum), float", replacement="row_max2, float",
+    ),
+    forward(
+        "rows that see nothing are not written", "coverage",
+        fragment="out_strides, in_m, HEAD_DIM", replacement="out_strides, live_m, HEAD_DIM",
+    ),
+    forward(
+        "rows that see nothing keep an LSE of zero", "conventions",
+        fragment="tl.log2(row_sum), float(\"-inf\"))", replacement="tl.log2(row_sum), 0.0)",
+    ),
+    forward(
+        "rows that see nothing divide by zero", "masked rows",
+        fragment="acc / tl.where(live_m, row_sum * kept, 1.0)[:, None], 0.0)",
+        replacement="acc / (row_sum * kept)[:, None], acc / (row_sum * kept)[:, None])",
+    ),
+    forward(
+        "kept weights are not scaled up", "dropout",
+        fragment="kept = 1.0 if seed_ptr is None else 1.0 - dropout_p", replacement="kept = 1.0",
+    ),
+    forward(
+        "dropout counts in the softmax denominator", "dropout",
+        fragment="row_max2, row_sum, scores, tile_factor, TILES != FULL or attn_mask_ptr is not None\n            )\n",
+        replacement="row_max2, row_sum, scores, tile_factor, TILES != FULL or attn_mask_ptr is not None\n            )\n"
+        "            if seed is not None:\n                row_sum -= tl.sum(tl.where("
+        "dropout_keep(seed, bh, m[:, None], n[None, :], dropout_p), 0.0, probs), 1)\n",
+    ),
+    forward(
+        "skipped queries are computed", "mask",
+        fragment="load_keep_n(mask_ptr, mask_strides[1], m, rows) if SKIP_QUERIES else in_m", replacement="in_m",
+    ),
+    forward(
+        "tiles of skipped queries at the sequence's first key are cut", "mask",
+        fragment="(m_first < stop) & (m_last >= first)", replacement="(m_first < stop) & (m_first >= first)",
+        file="_tiles.py",
+    ),
+]  # fmt: skip

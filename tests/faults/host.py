@@ -1,0 +1,145 @@
+"""Faults of the host side: checks, strides, saved tensors, operators, packing."""
+
+from functools import partial
+
+from faults.fault import Fault
+
+launch = partial(Fault, file="_launch.py")
+op = partial(Fault, file="_op.py")
+checks = partial(Fault, file="_checks.py")
+packed = partial(Fault, file="packed.py")
+api = partial(Fault, file="api.py")
+
+FAULTS = [
+    launch(
+        "the scale is hard-coded", "constants",
+        fragment='"scale2": self.scale * LOG2E', replacement='"scale2": 0.25 * LOG2E',
+    ),
+    launch(
+        "log2(e) is cut to four digits on the host", "constants",
+        fragment="LOG2E = math.log2(math.e)", replacement="LOG2E = 1.4427",
+    ),
+    launch(
+        "fp32 is rounded to TF32", "precision",
+        fragment='return "tf32" if allowed else "ieee"', replacement='return "tf32" if dtype == torch.float32 else "ieee"',
+    ),
+    launch(
+        "TF32 is never used, though allowed", "precision",
+        fragment='return "tf32" if allowed else "ieee"', replacement='return "ieee"',
+    ),
+    launch(
+        "a broadcast attn_mask keeps its own strides", "strides",
+        fragment="self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2]).stride()", replacement="self.attn_mask.contiguous().stride()",
+    ),
+    launch(
+        "keys are read by the strides of the query", "strides",
+        fragment='"k_strides": self.strides(self.key)', replacement='"k_strides": self.strides(self.query)',
+    ),
+    launch(
+        "the mask's strides are those of a contiguous one", "strides",
+        fragment="else padding.stride()", replacement="else padding.contiguous().stride()",
+    ),
+    launch(
+        "packed sequences are found by a batch stride", "packing",
+        fragment="else (0, *tensor.stride()[1:])", replacement="else tensor.stride()",
+    ),
+    launch(
+        "any row counts as aligned", "strides",
+        fragment="return 8 if all(stride % 8 == 0", replacement="return 8 if all(stride % 1 == 0",
+    ),
+    launch(
+        "a window open on the left is closed", "window",
+        fragment="return None if side == OPEN else min(", replacement="return 0 if side == OPEN else min(",
+    ),
+    launch(
+        "an output is laid out with heads first", "layout",
+        fragment="return like.new_empty(batch, rows, heads, head_dim).transpose(1, 2)", replacement="return like.new_empty(batch, heads, rows, head_dim)",
+        reason="only memory order changes; tests of it were written because of this audit",
+    ),
+    launch(
+        "skipping queries is never asked for", "mask",
+        fragment='"SKIP_QUERIES": self.skip_padded_queries and padding is not None', replacement='"SKIP_QUERIES": False',
+    ),
+    launch(
+        "kernels launch for empty batches", "empty sizes",
+        fragment="return self.batch == 0 or self.heads == 0 or self.max_q == 0 or self.query.shape[2] == 0", replacement="return False",
+    ),
+    op(
+        "a negative scale is taken as positive", "scale",
+        fragment="query * (-1.0 if options.scale else 0.0)", replacement="query",
+    ),
+    op(
+        "the gradient of the LSE is dropped", "saved tensors",
+        fragment="ops.backward(out, lse2, d_out, d_lse2,", replacement="ops.backward(out, lse2, d_out, None,",
+    ),
+    op(
+        "a missing gradient of out is taken as ones", "saved tensors",
+        fragment="d_out = torch.zeros_like(out)", replacement="d_out = torch.ones_like(out)", count=2,
+    ),
+    op(
+        "the mask's gradient is computed only with the query's", "saved tensors",
+        fragment="mask_needs = ctx.needs_input_grad[4]", replacement="mask_needs = ctx.needs_input_grad[4] and ctx.needs_input_grad[0]",
+    ),
+    op(
+        "second derivatives are not refused", "wrapper",
+        fragment="if torch.is_grad_enabled():", replacement="if False:",
+    ),
+    op(
+        "backward draws a dropout seed of its own", "dropout",
+        fragment="        mask_needs = ctx",
+        replacement="        tensors[5] = None if tensors[5] is None else torch.randint(2**62, (1,), device=out.device)\n"
+        "        mask_needs = ctx",
+    ),
+    op(
+        "the dropout seed does not follow torch's generator", "dropout",
+        fragment="return torch.randint(2**62, (1,), device=like.device)", replacement="return torch.full((1,), 7, device=like.device)",
+    ),
+    op(
+        "the fused buffer's gradient is laid out wrongly", "packing",
+        fragment="lse2, d_out, d_lse2, split_qkv(d_qkv))", replacement="lse2, d_out, d_lse2, split_qkv(d_qkv)[::-1])",
+    ),
+    op(
+        "grouped heads take the single query's road", "ownership",
+        fragment="single = call.max_q == 1 and call.heads == call.kv_heads", replacement="single = call.max_q == 1",
+    ),
+    packed(
+        "key and value of a fused buffer are swapped", "packing",
+        fragment="query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)", replacement="query, value, key = padded.permute(2, 0, 3, 1, 4).unbind(0)",
+    ),
+    packed(
+        "keys are packed by the queries' lengths", "packing",
+        fragment="Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)", replacement="Packing(cu_seqlens_q, cu_seqlens_q, max_seqlen_q, max_seqlen_q)",
+    ),
+    checks(
+        "a [B, 1, 1, N] mask is read as that of one sequence", "wrapper",
+        fragment="key_padding_mask[:, 0, 0]", replacement="key_padding_mask[:1, 0, 0].expand(len(key_padding_mask), -1)",
+    ),
+    checks(
+        "float masks are accepted", "validation",
+        fragment="if mask.dtype != torch.bool:", replacement="if False:",
+    ),
+    checks(
+        "a value of another shape is accepted", "validation",
+        fragment="if value.shape != key.shape:", replacement="if False:",
+    ),
+    checks(
+        "an attn_mask that does not broadcast is accepted", "validation",
+        fragment="any(s not in (1, f) for s, f", replacement="any(False for s, f",
+    ),
+    checks(
+        "a NaN scale is accepted", "validation",
+        fragment="if not (scale == 0 or SMALLEST_SCALE <= abs(scale) <= 1 / SMALLEST_SCALE):", replacement="if abs(scale) > 1 / SMALLEST_SCALE:",
+    ),
+    checks(
+        "int64 cu_seqlens are accepted", "validation",
+        fragment="if cu_seqlens.dtype != torch.int32:", replacement="if False:",
+    ),
+    api(
+        "an explicit impl='triton' falls back", "wrapper",
+        fragment='raise RuntimeError(f"impl=\'triton\' cannot run: {reason}; or use impl=\'reference\'")', replacement='return "reference"',
+    ),
+    api(
+        "skip_padded_queries is not handed on", "wrapper",
+        fragment="options = Options.of(query, scale, dropout_p, window, skip_padded_queries)", replacement="options = Options.of(query, scale, dropout_p, window, False)",
+    ),
+]  # fmt: skip

@@ -1,0 +1,214 @@
+"""What the compiler made of the kernels, read from its own output, for GPUs that need not be there.
+
+Kernels are compiled in a process of their own, because this one may interpret them. What it found is kept per
+kernel source in pytest's cache, so that a rerun costs nothing.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from padfree._configs import TABLE
+from padfree_bench.aot import ARCHS, Arch
+from padfree_bench.aot_calls import KERNELS, ROADS, SHAPES, Target, roads_of, table_targets
+from padfree_bench.aot_facts import ATOMICS, narrow_offsets
+from padfree_bench.compile_report import ROAD_HEAD_DIMS
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted([*ROOT.glob("kernels/padfree/*.py"), *ROOT.glob("bench/padfree_bench/aot*.py")])
+PASSES = tuple(KERNELS)
+
+
+def commit_targets() -> list[Target]:
+    """What every commit compiles: each kernel for each architecture, the main head dims, one road with everything."""
+
+    def target(arch: Arch, name: str, dtype: str, head_dim: int) -> Target:
+        return Target(arch, name, dtype, head_dim, road=roads_of(name, ("padded",))[0])
+
+    targets = [target(90, name, "bfloat16", dim) for name in PASSES for dim in (8, 16, 64, 128)]
+    targets += [Target(90, "forward", "bfloat16", 64, road=road) for road in ("packed", "window", "dense")]
+    targets += [Target(90, name, "bfloat16", 64, road="everything") for name in PASSES]
+    targets += [Target(90, "forward", "bfloat16", 64, shape=shape) for shape in ("ones", "neither")]
+    targets += [target(arch, name, "float32", 64) for arch in (90, 100) for name in PASSES]
+    targets += [target(80, name, "float16", 32) for name in PASSES]
+    return targets + [target("gfx942", name, "bfloat16", 64) for name in PASSES]
+
+
+def all_targets() -> list[Target]:
+    """Every row, dtype and architecture; on sm_90 also every road and shape kind at the main head dims.
+
+    Elsewhere one road with everything stands for them. fp16 differs from bf16 in the operand type of its matrix
+    instructions alone, so roads are compiled for one of them.
+    """
+    roads = [
+        target for target in table_targets(ARCHS, tuple(ROADS))
+        if target.head_dim in ROAD_HEAD_DIMS and target.dtype != "float16"
+        and (target.arch == 90 or target.road == "everything")
+    ]  # fmt: skip
+    shapes = [
+        replace(target, shape=shape) for target in roads for shape in SHAPES
+        if target.arch == 90 and target.road in ("padded", "everything")
+    ]  # fmt: skip
+    return list(dict.fromkeys([*table_targets(ARCHS), *roads, *shapes]))
+
+
+def compile_facts(targets: list[Target], cache: Path) -> list[dict[str, Any]]:
+    """Facts of the targets' kernels from a process that compiles, or from its last answer to the same question."""
+    question = json.dumps([asdict(target) for target in targets])
+    digest = hashlib.sha256(f"{question}{triton.__version__}".encode())
+    for source in SOURCES:
+        digest.update(source.read_bytes())
+    answer = cache / f"{digest.hexdigest()[:32]}.json"
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not answer.exists():
+            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+            environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "bench"))
+            done = subprocess.run(
+                [sys.executable, "-m", "padfree_bench.aot_facts"],
+                input=question, capture_output=True, text=True, env=environment, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-4000:]
+            answer.write_text(done.stdout)
+    return json.loads(answer.read_text())
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(commit_targets, id="commit"),
+        pytest.param(all_targets, id="all", marks=pytest.mark.soak),
+    ],
+)
+def facts(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return compile_facts(request.param(), Path(request.config.cache.mkdir("padfree-aot")))
+
+
+def kernel_name(fact: dict[str, Any]) -> str:
+    tile = f"{fact['block_m']}x{fact['block_n']} w{fact['num_warps']} s{fact['num_stages']}"
+    words = (
+        fact["kernel"],
+        fact["arch"],
+        fact["dtype"],
+        f"D{fact['head_dim']}",
+        fact["road"],
+        fact["shape"],
+        tile,
+    )
+    return " ".join(map(str, words))
+
+
+def assert_none(broken: Callable[[dict[str, Any]], object], facts: list[dict[str, Any]]) -> None:
+    """`broken` says what is wrong with a kernel, or something false."""
+    assert facts
+    offenders = [f"{kernel_name(fact)}: {broken(fact)}" for fact in facts if broken(fact)]
+    assert not offenders, "\n".join([f"{len(offenders)} of {len(facts)} kernels", *offenders])
+
+
+pytestmark = pytest.mark.timeout(3 * 3600)
+
+
+def test_every_kernel_of_the_library_is_compiled(facts: list[dict[str, Any]]) -> None:
+    assert {key[0] for key in TABLE} == set(KERNELS)
+    expected = {name for names in KERNELS.values() for name in names}
+    assert {fact["kernel"] for fact in facts} == expected
+    assert {fact["arch"] for fact in facts} == set(ARCHS)
+
+
+def test_each_kernel_is_compiled_for_the_architecture_it_is_reported_for(facts: list[dict[str, Any]]) -> None:
+    assert_none(lambda fact: fact["target"] if fact["target"] != str(fact["arch"]) else "", facts)
+
+
+def test_no_kernel_uses_the_stack_or_spills_registers(facts: list[dict[str, Any]]) -> None:
+    # Stated in README's limits: an fp32 dot over 256 columns holds more than a thread's registers in every tile.
+    kept = [fact for fact in facts if (fact["dtype"], fact["head_dim"]) != ("float32", 256)]
+    assert_none(lambda fact: {k: fact[k] for k in ("stack", "spills") if fact[k]}, kept)
+
+
+def test_no_kernel_holds_an_atomic_operation(facts: list[dict[str, Any]]) -> None:
+    assert_none(lambda fact: fact["atomics"], facts)
+
+
+def test_shared_memory_and_registers_leave_room_for_a_block(facts: list[dict[str, Any]]) -> None:
+    def broken(fact: dict[str, Any]) -> str:
+        too_much = fact["shared"] > fact["shared_limit"] or (fact["arch"] != "gfx942" and fact["ctas"] < 1)
+        return (
+            f"{fact['shared']} bytes of {fact['shared_limit']}, {fact['registers']} registers"
+            if too_much
+            else ""
+        )
+
+    assert_none(broken, facts)
+
+
+def test_sixteen_bit_dots_use_wgmma_on_hopper(facts: list[dict[str, Any]]) -> None:
+    # The 64 rows that wgmma needs would spill at a head_dim of 256, and beside the sum of attn_mask's gradient.
+    on_hopper = [
+        f
+        for f in facts
+        if f["arch"] == 90
+        and f["half_dots"]
+        and f["head_dim"] <= 128
+        and f["kernel"] != "attn_mask_gradient_kernel"
+    ]
+    assert_none(lambda f: f"{f['mma_sync']} mma.sync" if f["mma_sync"] or not f["wgmma"] else "", on_hopper)
+
+
+def test_no_kernel_rounds_fp32_to_tf32(facts: list[dict[str, Any]]) -> None:
+    assert any(fact["dtype"] == "float32" and fact["arch"] == 100 for fact in facts)
+    assert_none(lambda fact: fact["tf32"], facts)
+
+
+def test_no_kernel_computes_in_fp64(facts: list[dict[str, Any]]) -> None:
+    assert_none(lambda fact: fact["f64"], facts)
+
+
+def test_offsets_are_products_in_64_bits(facts: list[dict[str, Any]]) -> None:
+    assert_none(lambda fact: fact["narrow_offsets"], facts)
+
+
+PLANTED = """
+tt.func public @kernel(%q_ptr: !tt.ptr<bf16>, %q_strides: i32, %q_strides_0: i32) attributes {{noinline = false}} {{
+    %row = tt.get_program_id x : i32
+    {body}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "body, caught",
+    [
+        ("%offset = arith.muli %row, %q_strides_0 : i32", True),
+        (
+            "%stride = tt.splat %q_strides : i32 -> tensor<64xi32>\n    %o = arith.muli %rows, %stride : tensor<64xi32>",
+            True,
+        ),
+        ("%a = arith.divsi %q_strides, %c8_i32 : i32\n    %b = arith.muli %a, %row : i32", True),
+        ("%a = arith.divsi %q_strides, %c8_i32 : i32\n    %b = arith.muli %a, %c8_i32 : i32", False),
+        ("%wide = arith.extsi %q_strides : i32 to i64\n    %o = arith.muli %wide, %row64 : i64", False),
+    ],
+)
+def test_the_search_for_narrow_offsets_finds_a_planted_one(body: str, caught: bool) -> None:
+    assert bool(narrow_offsets(PLANTED.format(body=body))) == caught
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "atom.global.add.f32 %f1, [%rd1], %f2;",
+        "red.shared.add.u32 [%r1], 1;",
+        "global_atomic_add_f32 v[0:1], v2, off",
+    ],
+)
+def test_the_search_for_atomics_finds_a_planted_one(line: str) -> None:
+    assert ATOMICS.search(line)

@@ -1,0 +1,257 @@
+"""Bad input to the three commands is one line that names it, and status 2."""
+
+import errno
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bad_files import FILE_FAULTS
+from imdb_classifier import checkpoint, predict, train
+from tiny_reviews import make_rows, train_arguments, write_csv, write_reviews
+
+
+def spoken_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error, without the warnings that may precede it."""
+    captured = capsys.readouterr().err
+    lines = [line for line in captured.splitlines() if not line.startswith("warning: ")]
+    assert "Traceback" not in captured
+    assert len(lines) == 1, captured
+    return lines[0]
+
+
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+def test_a_faulty_file_is_one_line_that_says_where_and_status_2(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, expected = FILE_FAULTS[fault]
+    (tmp_path / name).write_bytes(content)
+    began = time.monotonic()
+    assert train.main(train_arguments(tmp_path / name, tmp_path / "run")) == 2
+    assert time.monotonic() - began < 2
+    message = spoken_error(capsys)
+    assert message.startswith("imdb-train: error: ")
+    assert expected in message
+
+
+def replaced(arguments: list[str], option: str, *values: str) -> list[str]:
+    at = arguments.index(option)
+    return [*arguments[:at], option, *values, *arguments[at + 2 :]]
+
+
+# option and value put in place of a good one, what the message must say
+OPTION_FAULTS: dict[str, tuple[str, str, str]] = {
+    "batch size 0": ("--batch-size", "0", "argument --batch-size: 0 is out of range, expected 1 or more"),
+    "batch size -1": ("--batch-size", "-1", "argument --batch-size: -1 is out of range"),
+    "batch size in words": ("--batch-size", "many", "argument --batch-size: 'many' is not a whole number"),
+    "epochs 0": ("--epochs", "0", "argument --epochs: 0 is out of range"),
+    "max length 1": ("--max-length", "1", "argument --max-length: 1 is out of range, expected 2 or more"),
+    "learning rate 0": ("--learning-rate", "0", "argument --learning-rate: 0 is out of range"),
+    "learning rate nan": ("--learning-rate", "nan", "argument --learning-rate: nan is out of range"),
+    "learning rate inf": ("--learning-rate", "inf", "argument --learning-rate: inf is out of range"),
+    "seed -1": ("--seed", "-1", "argument --seed: -1 is out of range"),
+    "seed beyond 64 bits": ("--seed", str(2**70), "argument --seed: "),
+    "unknown attention": ("--attention", "flash", "argument --attention: invalid choice: 'flash'"),
+    "unknown preset": ("--preset", "huge", "argument --preset: invalid choice: 'huge'"),
+    "unknown precision": ("--precision", "fp8", "argument --precision: invalid choice: 'fp8'"),
+    "unknown option": ("--bach-size", "8", "unrecognized arguments: --bach-size"),
+    "no such file": ("--dataset", "./nowhere.csv", "nowhere.csv: no such file or folder"),
+    "no such folder": ("--dataset", "/nowhere/at/all", "/nowhere/at/all: no such file or folder"),
+    "Hub set without a Hub": (
+        "--dataset",
+        "nobody/nothing",
+        "'nobody/nothing' was not found in the local cache",
+    ),
+    "Hub tokenizer without a Hub": (
+        "--tokenizer",
+        "nobody/nothing",
+        "'nobody/nothing' was not found in the local",
+    ),
+    "no such tokenizer folder": ("--tokenizer", "./nowhere", "./nowhere: holds no tokenizer.json"),
+    "fp16 on a CPU": ("--precision", "fp16", "precision fp16 cannot run here"),
+    "fused without a GPU": ("--attention", "padfree", "attention 'padfree' cannot run"),
+    "resume of nothing": ("--resume", "", "holds no run to resume"),
+    "resume and overwrite": ("--resume", "--overwrite", "not allowed with argument"),
+}
+
+
+@pytest.mark.parametrize("fault", OPTION_FAULTS)
+def test_a_faulty_option_is_one_line_that_names_it_and_status_2(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option, value, expected = OPTION_FAULTS[fault]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = train_arguments(write_reviews(tmp_path / "reviews"), tmp_path / "run")
+    if option in arguments:
+        arguments = replaced(arguments, option, value)
+    else:
+        arguments += [option, value] if value else [option]
+    assert train.main(arguments) == 2
+    assert expected in spoken_error(capsys)
+
+
+def make_folder_named_csv(folder: Path) -> list[str]:
+    (folder / "train.csv").mkdir()
+    return ["--dataset", str(folder / "train.csv"), str(folder / "train.csv")]
+
+
+def make_link_to_itself(folder: Path) -> list[str]:
+    (folder / "train.csv").symlink_to(folder / "train.csv")
+    return ["--dataset", str(folder / "train.csv")]
+
+
+def make_files_of_no_split(folder: Path) -> list[str]:
+    files = [write_csv(folder / name, make_rows(8, 1)) for name in ("train.csv", "more.csv")]
+    return ["--dataset", *map(str, files)]
+
+
+def make_folder_without_train(folder: Path) -> list[str]:
+    write_csv(folder / "test.csv", make_rows(8, 1))
+    return ["--dataset", str(folder)]
+
+
+def make_float_labels(folder: Path) -> list[str]:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", "b"], "label": [0.0, 1.0]}), folder / "train.parquet"
+    )
+    return ["--dataset", str(folder / "train.parquet")]
+
+
+def make_null_text(folder: Path) -> list[str]:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", None], "label": [0, 1]}), folder / "train.parquet"
+    )
+    return ["--dataset", str(folder / "train.parquet")]
+
+
+def make_output_a_file(folder: Path) -> list[str]:
+    (folder / "run").write_text("")
+    return []
+
+
+def make_output_below_a_file(folder: Path) -> list[str]:
+    (folder / "file").write_text("")
+    return ["--output-dir", str(folder / "file" / "run")]
+
+
+def make_broken_tokenizer(folder: Path) -> list[str]:
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"model": 5}')
+    return ["--tokenizer", str(folder / "tokenizer")]
+
+
+def make_tokenizer_without(folder: Path, **removed: None) -> list[str]:
+    from imdb_classifier.tokenization import train_tokenizer
+
+    tokenizer = train_tokenizer(["a good film", "a bad film"], 60, 24)
+    if "class_token" in removed:
+        from tokenizers import processors
+
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    else:
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return ["--tokenizer", str(folder / "tokenizer")]
+
+
+SITUATIONS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "folder in place of a file": (make_folder_named_csv, "train.csv: is a directory, expected a file"),
+    "unreadable file": (make_link_to_itself, "no such file or folder"),
+    "files of no split": (make_files_of_no_split, "more.csv: belongs to no split"),
+    "folder without data": (lambda folder: ["--dataset", str(folder)], "holds no data"),
+    "folder without train": (make_folder_without_train, "has no training split"),
+    "parquet with float labels": (make_float_labels, "train.parquet:1: label is 0.0, expected 0 or 1"),
+    "parquet with a null text": (make_null_text, "train.parquet:2: text is None"),
+    "output is a file": (make_output_a_file, "run: is a file, expected a folder"),
+    "output below a file": (make_output_below_a_file, "Not a directory"),
+    "broken tokenizer": (make_broken_tokenizer, "tokenizer: is no usable tokenizer"),
+    "tokenizer without padding": (
+        lambda folder: make_tokenizer_without(folder, padding=None),
+        "has no padding token",
+    ),
+    "tokenizer without a class token": (
+        lambda folder: make_tokenizer_without(folder, class_token=None),
+        "puts no class token in front",
+    ),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_situation_that_cannot_work_is_one_line_and_status_2(
+    situation: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, expected = SITUATIONS[situation]
+    (tmp_path / "made").mkdir()
+    changed = make(tmp_path / "made")
+    dataset = write_reviews(tmp_path / "reviews")
+    output = tmp_path / "made" / "run"
+    # Later options win, so the situation's own stand at the end.
+    assert train.main(train_arguments(dataset, output, *changed)) == 2
+    assert expected in spoken_error(capsys)
+
+
+def test_the_fault_tables_hold_at_least_forty_cases() -> None:
+    assert len(FILE_FAULTS) + len(OPTION_FAULTS) + len(SITUATIONS) >= 40
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    dataset = write_reviews(tmp_path / "reviews")
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    assert train.main(train_arguments(dataset, tmp_path / "run")) == 2
+    assert "No space left on device; free some space and resume" in spoken_error(capsys)
+    assert list((tmp_path / "run" / checkpoint.CHECKPOINTS).iterdir()) == []
+
+
+def test_a_run_is_not_mixed_with_another_in_the_same_folder(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = finished_run.parent / "reviews"
+    assert train.main(train_arguments(dataset, finished_run)) == 2
+    assert "holds a run already, pass --resume, --overwrite" in spoken_error(capsys)
+
+
+def test_a_run_is_not_resumed_with_other_settings(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = finished_run.parent / "reviews"
+    arguments = train_arguments(dataset, finished_run, "--resume", "--learning-rate", "0.5")
+    assert train.main(arguments) == 2
+    assert "cannot resume: --learning-rate was 0.001, now is 0.5" in spoken_error(capsys)
+
+
+PREDICT_FAULTS: dict[str, tuple[list[str], bytes, str]] = {
+    "no checkpoint": (["--checkpoint", "/nowhere", "a"], b"", "/nowhere: no such checkpoint"),
+    "checkpoint is a file": (["--checkpoint", __file__, "a"], b"", "is a file, expected a checkpoint folder"),
+    "empty argument": (["a", ""], b"", "argument 2: text is empty"),
+    "empty input": ([], b"", "standard input: is empty"),
+    "empty line": ([], b"good\n\nbad\n", "standard input:2: text is empty"),
+    "input not UTF-8": ([], b"good\n\xff\n", "standard input:2: byte 0xff is not UTF-8"),
+    "NUL in input": ([], b"go\0od\n", "standard input:1: text holds a NUL byte"),
+    "file and argument": (["--file", __file__, "a"], b"", "both as arguments and by --file"),
+    "no such file": (["--file", "/nowhere.txt"], b"", "/nowhere.txt: No such file or directory"),
+    "folder as a file": (["--file", "/"], b"", "/: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("fault", PREDICT_FAULTS)
+def test_faulty_input_to_predict_is_one_line_and_status_2(
+    fault: str, finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, standard_input, expected = PREDICT_FAULTS[fault]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(standard_input)))
+    if "--checkpoint" not in arguments:
+        arguments = ["--checkpoint", str(finished_run), *arguments]
+    assert predict.main(arguments) == 2
+    assert expected in spoken_error(capsys)

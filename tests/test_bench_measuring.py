@@ -1,0 +1,211 @@
+"""What the benchmark suite times: real lengths, only peers with the right answer, all of them in turn."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import padfree
+from padfree_bench import cli
+from padfree_bench.attention import admit, run_case, work
+from padfree_bench.cases import HEADS, Case, choose_cases, gpu_groups, parse_case
+from padfree_bench.ceilings import Ceilings
+from padfree_bench.inputs import compute_truth, make_inputs
+from padfree_bench.lengths import imdb_histogram, imdb_lengths, make_lengths
+from padfree_bench.peers import PEERS, Peer, choose_peers
+from padfree_bench.peers.base import Prepared, Refused, padded
+from padfree_bench.profiling import peak_bytes
+from padfree_bench.results import NOT_RUN, OK, UPPER_BOUND
+from padfree_bench.timing import Effort, measure
+
+CPU = torch.device("cpu")
+SMALL = Case(3, 2, 8, 40, "fp32", "pad50")
+FAST = Effort(seconds=0.02, least=5, most=5, warmup=1)
+CEILINGS = Ceilings(1e10, {"fp32": 1e11}, 1e9)
+
+
+class TestLengths:
+    def test_the_histogram_is_that_of_the_25000_training_reviews(self) -> None:
+        lengths, counts = imdb_histogram()
+        assert counts.sum() == 25_000
+        assert np.minimum(lengths, 400) @ counts / 25_000 == pytest.approx(254, abs=1)
+        assert lengths.max() == 3127
+
+    @pytest.mark.parametrize(("cut", "linear", "quadratic"), [(400, 0.636, 0.477), (512, 0.538, 0.363)])
+    def test_a_batch_is_as_full_as_all_reviews_are(self, cut: int, linear: float, quadratic: float) -> None:
+        drawn = imdb_lengths(64, cut)
+        assert drawn.mean() / cut == pytest.approx(linear, abs=0.01)
+        assert (drawn**2).mean() / cut**2 == pytest.approx(quadratic, abs=0.01)
+        assert drawn.max() == cut and drawn.min() >= 1
+
+    @pytest.mark.parametrize("percent", range(0, 100, 10))
+    def test_the_padding_sweep_leaves_the_fraction_it_names(self, percent: int) -> None:
+        assert 1 - make_lengths(f"pad{percent:02d}", 64, 512).mean() / 512 == pytest.approx(
+            percent / 100, abs=0.01
+        )
+
+    def test_an_unknown_kind_is_named(self) -> None:
+        with pytest.raises(ValueError, match="got 'long'"):
+            make_lengths("long", 2, 8)
+
+
+class TestCases:
+    def test_the_gpu_groups_hold_what_the_suite_promises(self) -> None:
+        groups = gpu_groups()
+        assert {(c.heads, c.head_dim) for c in groups["imdb"]} == set(HEADS)
+        assert {c.seq for c in groups["imdb"]} == {400, 512}
+        assert min(c.seq for c in groups["length"]) == 128 and max(c.seq for c in groups["length"]) == 65536
+        assert [c.lengths for c in groups["padding"]] == [f"pad{p:02d}" for p in range(0, 100, 10)]
+        assert {c.dtype for c in choose_cases("cuda", None, None, False)} == {"fp32", "fp16", "bf16"}
+
+    def test_an_id_parses_back_to_its_case(self) -> None:
+        for case in gpu_groups()["imdb"]:
+            assert replace(parse_case(case.id), group=case.group) == case
+
+    @pytest.mark.parametrize(
+        "arguments", [["--shapes", "huge"], ["--dtypes", "fp8"], ["--peers", "magic"], ["--directions", "up"]]
+    )
+    def test_a_wrong_argument_is_one_line_and_status_2(
+        self, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["attention", *arguments]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+class TestTruth:
+    def test_it_equals_the_reference_differentiated_in_fp64(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Chunks of a few rows, so that the sums over chunks are exercised.
+        monkeypatch.setitem(__import__("padfree_bench.inputs", fromlist=["x"]).CHUNK_ELEMENTS, "cpu", 300)
+        inputs = make_inputs(SMALL, CPU)
+        leaves = [x.double().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
+        out = padfree.reference(*leaves, inputs.padding)
+        assert isinstance(out, torch.Tensor)
+        grads = torch.autograd.grad(out, leaves, inputs.d_out.double())
+        truth, keep = compute_truth(inputs), inputs.keep[:, None, :, None]
+        for actual, expected in zip(
+            (truth.out, truth.d_query, truth.d_key, truth.d_value), (out, *grads), strict=True
+        ):
+            torch.testing.assert_close(actual * keep, expected * keep, rtol=1e-12, atol=1e-12)
+
+
+def wrong_peer(inputs, training: bool) -> Prepared:  # type: ignore[no-untyped-def]
+    """Reads one padded key of every sequence."""
+    mask = inputs.keep.clone()
+    mask[:, -1] = True
+    return padded(
+        inputs,
+        training,
+        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None]),
+        "",
+    )
+
+
+class TestPeers:
+    @pytest.mark.parametrize("name", ["eager", "nn.MultiheadAttention", "sdpa", "sdpa-math", "nested"])
+    @pytest.mark.parametrize("training", [False, True])
+    def test_every_cpu_peer_passes_the_check(self, name: str, training: bool) -> None:
+        inputs = make_inputs(SMALL, CPU)
+        contender = admit(PEERS[name], inputs, compute_truth(inputs), training)
+        assert contender.status == OK, contender.reason
+
+    def test_a_peer_that_sees_one_padded_key_is_refused_before_the_clock(self) -> None:
+        peers = [Peer("wrong", wrong_peer, ""), PEERS["sdpa"]]
+        rows = {row.peer: row for row in run_case(SMALL, peers, ["forward"], CPU, FAST, CEILINGS)}
+        assert rows["wrong"].status == NOT_RUN and rows["wrong"].ms_p50 is None
+        assert rows["wrong"].reason.startswith("wrong answer, not timed: relative error out")
+        assert rows["sdpa"].ms_p50 is not None
+
+    def test_a_peer_whose_gradient_alone_is_wrong_is_refused_in_training_only(self) -> None:
+        def prepare(inputs, training: bool) -> Prepared:  # type: ignore[no-untyped-def]
+            prepared = PEERS["sdpa"].prepare(inputs, training)
+            return replace(prepared, grads=lambda grads: (grads[0], grads[1] * 1.01, grads[2]))
+
+        inputs = make_inputs(SMALL, CPU)
+        truth = compute_truth(inputs)
+        assert admit(Peer("p", prepare, ""), inputs, truth, False).status == OK
+        assert "d_key" in admit(Peer("p", prepare, ""), inputs, truth, True).reason
+
+    def test_nan_never_passes(self) -> None:
+        def prepare(inputs, training: bool) -> Prepared:  # type: ignore[no-untyped-def]
+            return padded(inputs, training, lambda q, k, v: q * math.nan, "")
+
+        inputs = make_inputs(SMALL, CPU)
+        assert admit(Peer("nan", prepare, ""), inputs, compute_truth(inputs), False).prepared is None
+
+    def test_a_mask_free_peer_is_an_upper_bound_where_there_is_padding_and_exact_where_there_is_none(
+        self,
+    ) -> None:
+        for case, status in ((SMALL, UPPER_BOUND), (replace(SMALL, lengths="full"), OK)):
+            inputs = make_inputs(case, CPU)
+            assert admit(PEERS["sdpa-flash-nomask"], inputs, compute_truth(inputs), False).status == status
+
+    def test_on_a_cpu_padfree_rows_say_why_and_hold_no_figure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Under the interpreter the kernel could run, and its time would mean nothing.
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        peers = [peer for peer in PEERS.values() if peer.name.startswith("padfree")]
+        assert len(peers) == 6
+        for row in run_case(SMALL, peers, ["forward", "both"], CPU, FAST, CEILINGS):
+            assert row.status == NOT_RUN and "no GPU" in row.reason
+            assert row.ms_p50 is None and row.tflops is None and row.peak_mib is None
+
+    def test_an_unknown_name_lists_the_known_ones(self) -> None:
+        with pytest.raises(ValueError, match="varlen_attn"):
+            choose_peers("nobody")
+
+    def test_a_refusal_becomes_the_reason(self) -> None:
+        def prepare(inputs, training: bool) -> Prepared:  # type: ignore[no-untyped-def]
+            raise Refused("needs a newer GPU")
+
+        (row,) = run_case(SMALL, [Peer("p", prepare, "")], ["forward"], CPU, FAST, CEILINGS)
+        assert (row.status, row.reason) == (NOT_RUN, "needs a newer GPU")
+
+
+class TestMeasures:
+    def test_repetitions_are_interleaved(self) -> None:
+        order: list[str] = []
+        calls = {name: (lambda name=name: order.append(name)) for name in "AB"}
+        measure(calls, CPU, Effort(seconds=1, least=3, most=3, warmup=1))
+        assert "".join(order) == "AB" * 4
+
+    def test_two_runs_of_one_peer_differ_by_less_than_their_interval(self) -> None:
+        random = np.random.default_rng(0)
+
+        def one_run() -> dict[str, object]:
+            now = [0.0]
+
+            def call() -> None:
+                now[0] += 1e-3 * random.lognormal(0, 0.05)
+
+            return measure(
+                {str(case): call for case in range(100)}, CPU, Effort(2, 10, 10, 1), clock=lambda: now[0]
+            )  # type: ignore[return-value]
+
+        first, second = one_run(), one_run()
+        agree = sum(abs(first[n].p50 - second[n].p50) < first[n].width for n in first)  # type: ignore[attr-defined]
+        assert agree >= 90
+
+    def test_useful_work_counts_real_tokens_only(self) -> None:
+        inputs = make_inputs(replace(SMALL, lengths="full"), CPU)
+        pairs, rows = 3 * 2 * 40 * 40, 3 * 2 * 40
+        assert work(inputs, "forward") == (4 * pairs * 8, 4 * rows * 8 * 4 + 4 * rows, pairs)
+        assert work(inputs, "both")[0] == 3.5 * work(inputs, "forward")[0]
+        assert work(make_inputs(SMALL, CPU), "forward")[0] < 0.5 * work(inputs, "forward")[0]
+
+    def test_the_floor_is_the_slowest_unit(self) -> None:
+        assert CEILINGS.floor(flops=1e11, moved_bytes=1e9, exp2=1e8, dtype="fp32") == (1e3, "matrix")
+        assert CEILINGS.floor(flops=1e9, moved_bytes=1e10, exp2=1e8, dtype="fp32") == (1e3, "bytes")
+        assert CEILINGS.floor(flops=1e9, moved_bytes=1e9, exp2=1e9, dtype="fp32") == (1e3, "exp2")
+
+    def test_a_figure_below_its_floor_is_called_out(self) -> None:
+        slow = Ceilings(1.0, {"fp32": 1.0}, 1.0)
+        (row,) = run_case(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, slow)
+        assert row.reason == "faster than its floor: not to be trusted"
+
+    def test_peak_memory_counts_what_is_held_at_once(self) -> None:
+        def call() -> None:
+            for _ in range(4):
+                torch.empty(2**20, dtype=torch.uint8).add_(1)
+
+        assert 2**20 <= peak_bytes(call, CPU) < 2.2 * 2**20

@@ -1,0 +1,219 @@
+"""What the benchmark suite reports: no figure made up, none lost, and a slowdown does not hide."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from padfree_bench import cli, readme, report
+from padfree_bench.compare import changes, main
+from padfree_bench.results import NOT_RUN, OK, Result, Row, from_json, load, markdown, save, to_json
+from padfree_bench.timing import Effort, measure
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def environment(device: str = "CPU, 2 cores", kind: str = "cpu") -> dict[str, object]:
+    return {
+        "device": device,
+        "device_type": kind,
+        "versions": {"torch": "2", "triton": "3"},
+        "command": "c",
+        "commit": "d" * 40,
+    }
+
+
+def a_row(peer: str, ms: float, case: str = "c", direction: str = "forward", spread: float = 0.02) -> Row:
+    return Row(
+        "attention",
+        case,
+        "imdb",
+        direction,
+        peer,
+        OK,
+        ms_p20=ms * (1 - spread),
+        ms_p50=ms,
+        ms_p80=ms * (1 + spread),
+    )
+
+
+class TestCompare:
+    def write(self, folder: Path, name: str, rows: list[Row]) -> Path:
+        folder = folder / name
+        return save(Result("attention", environment(), rows), folder)
+
+    def test_a_planted_slowdown_of_a_fifth_is_caught(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = self.write(tmp_path, "a", [a_row("padfree", 1.0), a_row("sdpa", 2.0)])
+        after = self.write(tmp_path, "b", [a_row("padfree", 1.2), a_row("sdpa", 2.02)])
+        assert main([str(before), str(after)]) == 1
+        printed = capsys.readouterr().out
+        assert "padfree: 1 [0.98, 1.02] -> 1.2" in printed and "1 slower" in printed
+
+    def test_the_same_figures_pass_and_so_does_noise(self, tmp_path: Path) -> None:
+        before = self.write(tmp_path, "a", [a_row("padfree", 1.0, spread=0.15)])
+        after = self.write(tmp_path, "b", [a_row("padfree", 1.1, spread=0.15)])
+        assert main([str(before), str(before)]) == 0
+        assert main([str(before), str(after)]) == 0
+
+    def test_a_peer_that_lost_its_figure_is_not_forgotten(self, tmp_path: Path) -> None:
+        before = self.write(tmp_path, "a", [a_row("padfree", 1.0), a_row("sdpa", 1.0)])
+        gone = Row("attention", "c", "imdb", "forward", "padfree", NOT_RUN, reason="out of memory")
+        after = self.write(tmp_path, "b", [gone, a_row("sdpa", 1.0)])
+        assert main([str(before), str(after)]) == 1
+
+    def test_a_real_call_that_does_a_fifth_more_work_is_slower(self) -> None:
+        now = [0.0]
+
+        def call(seconds: float) -> None:
+            now[0] += seconds * (1 + 0.02 * math.sin(1e6 * now[0]))
+
+        calls = {"before": lambda: call(1e-3), "after": lambda: call(1.2e-3)}
+        samples = measure(calls, CPU, Effort(1, 20, 20, 1), clock=lambda: now[0])
+        rows = {
+            n: replace(a_row("p", 1), ms_p20=s.p20, ms_p50=s.p50, ms_p80=s.p80) for n, s in samples.items()
+        }
+        (change,) = changes(*(Result("s", environment(), [rows[n]]) for n in ("before", "after")))
+        assert change.slower and change.ratio == pytest.approx(1.2, abs=0.02)
+
+    def test_a_file_that_is_no_result_is_one_line_and_status_2(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "x.json").write_text("{}")
+        assert main([str(tmp_path / "x.json")] * 2) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+class TestResults:
+    def test_a_file_reads_back_as_it_was_written(self) -> None:
+        result = Result("attention", environment(), [a_row("sdpa", 1.5)], {"bytes_per_s": 1e9}, True, ["x"])
+        assert from_json(to_json(result)) == result
+
+    def test_reasons_reach_the_table(self) -> None:
+        row = Row("attention", "c", "imdb", "forward", "xformers", NOT_RUN, reason="not installed | here")
+        assert "not run | not installed \\| here" in markdown(Result("attention", environment(), [row]))
+
+    def test_an_early_stop_keeps_what_was_measured_and_names_what_was_not(self, tmp_path: Path) -> None:
+        arguments = ["attention", "--quick", "--shapes", "B1-H1-D8-S16,B1-H1-D8-S24", "--peers", "sdpa"]
+        cli.main([*arguments, "--minutes", "1e-9", "--output", str(tmp_path)])
+        result = load(next(tmp_path.glob("*/attention.json")))
+        assert result.rows == [] and len(result.not_reached) == 2
+
+    def test_the_command_writes_tables_pictures_and_a_page(self, tmp_path: Path) -> None:
+        shapes = "B2-H2-D8-S16,B2-H2-D8-S32"
+        arguments = [
+            "attention",
+            "--quick",
+            "--shapes",
+            shapes,
+            "--peers",
+            "padfree,sdpa",
+            "--directions",
+            "forward",
+        ]
+        assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+        assert cli.main(["report", "--results", str(tmp_path)]) == 0
+        (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+        assert {p.name for p in folder.iterdir()} >= {
+            "attention.json",
+            "attention.csv",
+            "attention.md",
+            "plots",
+        }
+        assert list(folder.glob("plots/*.png"))
+        page = (tmp_path / "index.html").read_text()
+        assert "no GPU: padfree" in page and "<svg" in page and "No GPU was measured yet" in page
+        recorded = json.loads((folder / "attention.json").read_text())
+        assert recorded["environment"]["command"].startswith("python -m bench attention --quick")
+        assert recorded["ceilings"]["bytes_per_s"] > 0
+
+
+class TestReadme:
+    def results(self) -> list[tuple[str, Result]]:
+        case = "B64-H12-D64-S400-imdb-bf16"
+        rows = [a_row("padfree-skip", 0.07, case), a_row("sdpa", 0.21, case), a_row("sdpa-math", 0.9, case)]
+        return [("gpu", Result("attention-imdb", environment("GPU", "cuda"), rows))]
+
+    def test_the_table_is_made_from_the_files(self) -> None:
+        text = readme.rewrite(
+            f"top\n{readme.BEGIN}\noutdated\n{readme.END}\nend\n", readme.table(self.results())
+        )
+        assert text.startswith("top\n") and text.endswith("\nend\n") and "outdated" not in text
+        assert "| sdpa 0.21 ms | sdpa 0.21 ms | **padfree-skip 0.07 ms**" in text and "3.00x" in text
+
+    def test_a_case_we_lose_stands_there_too(self) -> None:
+        ((_, result),) = results = self.results()
+        result.rows[0] = a_row("padfree-skip", 0.42, result.rows[0].case)
+        assert "0.50x" in readme.table(results)
+
+    def test_without_a_gpu_file_it_says_not_measured_yet(self) -> None:
+        assert "On a GPU: not measured yet" in readme.table([])
+
+    def test_a_changed_figure_is_noticed(self, tmp_path: Path) -> None:
+        path = tmp_path / "README.md"
+        path.write_text(f"{readme.BEGIN}\n{readme.table(self.results())}\n{readme.END}\n")
+        assert readme.agrees(path, self.results())
+        path.write_text(path.read_text().replace("0.07 ms", "0.05 ms"))
+        assert not readme.agrees(path, self.results())
+
+    def test_readme_and_the_committed_files_agree(self) -> None:
+        path = ROOT / "README.md"
+        if not path.exists() or readme.BEGIN not in path.read_text():
+            pytest.skip("README.md holds no benchmark markers")
+        assert readme.agrees(path, report.collect(ROOT / "bench" / "results")), (
+            "README differs from bench/results: run python -m bench report --readme README.md"
+        )
+
+
+class TestDoors:
+    def test_python_m_bench_lists_every_command(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench", "--help"], cwd=ROOT, check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0
+        for name in (
+            "attention",
+            "memory",
+            "encoder",
+            "train",
+            "hf",
+            "compile-report",
+            "tune",
+            "report",
+            "compare",
+        ):
+            assert name in done.stdout
+
+    def test_pytest_bench_runs_the_same_cases_with_and_without_timing(self, tmp_path: Path) -> None:
+        base = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "bench",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "python_files=bench_*.py",
+        ]
+        base += ["-k", "S128 and forward and (sdpa-math or padfree-skip)"]
+        saved = tmp_path / "b.json"
+        # pytest-benchmark times nothing where it believes itself a worker of pytest-xdist.
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        for extra in ([f"--benchmark-json={saved}"], ["--benchmark-disable"]):
+            done = subprocess.run(
+                [*base, *extra], cwd=ROOT, env=alone, check=False, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "1 passed" in done.stdout
+        (entry,) = json.loads(saved.read_text())["benchmarks"]
+        assert entry["group"].endswith("forward")
+        assert entry["extra_info"]["tokens_per_s"] > 0 and entry["extra_info"]["relative_error"] < 1e-4

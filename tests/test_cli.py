@@ -1,0 +1,121 @@
+"""The three commands as a user meets them: output is plain, `--help` is instant, every module is a program."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imdb_classifier import checkpoint, cli, evaluate, predict
+from tiny_runs import SOURCES
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": SOURCES}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The same two reviews as arguments, in a file with a byte order mark and CRLF, and on standard input."""
+    (tmp_path / "reviews.txt").write_bytes("\ufeffa good film\r\na bad film\r\n".encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a good film\na bad film")))
+    yield [["a good film", "a bad film"], ["--file", str(tmp_path / "reviews.txt")], []]
+
+
+def test_predict_gives_the_same_answer_for_arguments_a_file_and_standard_input(
+    finished_run: Path, three_ways: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    for way in three_ways:
+        assert predict.main(["--checkpoint", str(finished_run), "--json", *way]) == 0
+        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert answers[0] == answers[1] == answers[2]
+    assert [record["text"] for record in answers[0]] == ["a good film", "a bad film"]
+    for record in answers[0]:
+        assert record["label"] == ("POSITIVE" if record["logit"] > 0 else "NEGATIVE")
+        assert 0.5 <= record["probability"] <= 1
+
+
+def test_predict_prints_label_probability_and_text_and_says_which_attention_ran(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict.main(["--checkpoint", str(finished_run), "--no-fused", "a good film"]) == 0
+    captured = capsys.readouterr()
+    label, probability, text = captured.out.rstrip("\n").split("\t")
+    assert label in ("POSITIVE", "NEGATIVE")
+    assert 0.5 <= float(probability) <= 1
+    assert text == "a good film"
+    assert captured.err.splitlines() == ["attention: sdpa (asked for)"]
+
+
+def test_evaluate_finds_the_same_logits_with_eager_and_sdpa(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits = {}
+    for name in ("eager", "sdpa"):
+        file = tmp_path / f"{name}.jsonl"
+        assert (
+            evaluate.main(
+                ["--checkpoint", str(finished_run), "--attention", name, "--logits", str(file), "--json"]
+            )
+            == 0
+        )
+        summary = json.loads(capsys.readouterr().out)
+        assert (summary["attention"], summary["reviews"], summary["split"]) == (name, 10, "test")
+        logits[name] = [json.loads(line)["logit"] for line in file.read_text().splitlines()]
+    assert logits["sdpa"] == pytest.approx(logits["eager"], abs=1e-5)
+
+
+def test_evaluate_reproduces_the_accuracy_that_training_reported(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = checkpoint.read_json(checkpoint.resolve(finished_run) / checkpoint.STATE_FILE)["state"]
+    for split in ("validation", "test"):
+        assert evaluate.main(["--checkpoint", str(finished_run), "--split", split, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["accuracy"] == state["history"][-1][f"{split}_accuracy"]
+
+
+def test_the_choices_offered_are_the_names_the_model_knows() -> None:
+    from imdb_classifier.attention import ATTENTION_NAMES
+    from imdb_classifier.configuration import PRESETS
+    from imdb_classifier.inference import DTYPES
+
+    assert set(cli.ATTENTION_CHOICES) == set(ATTENTION_NAMES)
+    assert set(cli.PRESET_CHOICES) == set(PRESETS)
+    assert set(cli.PRECISION_CHOICES) == set(DTYPES)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_help_answers_without_loading_torch_or_transformers(command: str) -> None:
+    program = (
+        f"import sys; from imdb_classifier.{command} import main; status = main(['--help'])\n"
+        "sys.exit(status or any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')))"
+    )
+    seconds = []
+    # The best of three, since a busy machine is no slow program.
+    for _ in range(3):
+        began = time.monotonic()
+        shown = run_python("-c", program)
+        seconds.append(time.monotonic() - began)
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert f"usage: imdb-{command}" in shown.stdout
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_the_modules_run_as_programs_and_print_one_line_for_bad_input(command: str) -> None:
+    shown = run_python("-m", f"imdb_classifier.{command}", "--batch-size", "0")
+    assert shown.returncode == 2
+    assert shown.stdout == ""
+    assert shown.stderr == (
+        f"imdb-{command}: error: argument --batch-size: 0 is out of range, expected 1 or more "
+        f"(see imdb-{command} --help)\n"
+    )
