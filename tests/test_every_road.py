@@ -316,6 +316,23 @@ def test_the_only_visible_key_gets_no_gradient_in_fp32(queries: int) -> None:
     assert got.dq.abs().max() < 1e-10 and got.dk.abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("queries", [1, 20])
+def test_keys_of_equal_score_share_equally_in_fp32(queries: int) -> None:
+    """log2(11) lies between the fp32 numbers near an LSE this large: P recomputed from it is off by 3e-5."""
+    keys, large = 11, torch.full((1, 1, 20, 16), 8.0)
+    value, d_out = torch.randn(1, 1, keys, 16), torch.randn(1, 1, queries, 16)
+    query, key = large[:, :, :queries], large[:, :, :keys]
+    leaves = [query.clone(), key.clone(), value, torch.zeros(1, 1, queries, keys)]
+    out = KERNEL(*(x.requires_grad_() for x in leaves[:3]), attn_mask=leaves[3].requires_grad_(), scale=1.0)
+    dq, dk, dv, d_mask = torch.autograd.grad(out, leaves, d_out)
+    d_scores = d_out @ (value - value.mean(2, keepdim=True)).mT / keys
+    exact = {"rtol": 2e-6, "atol": 2e-6}
+    torch.testing.assert_close(dv, (d_out.sum(2, keepdim=True) / keys).expand_as(dv), **exact)
+    torch.testing.assert_close(d_mask, d_scores, **exact)
+    torch.testing.assert_close(dk, 8.0 * d_scores.sum(2)[..., None].expand_as(dk), rtol=2e-6, atol=4e-5)
+    assert dq.abs().max() < 4e-5
+
+
 def test_heads_merge_without_a_copy(device: torch.device) -> None:
     query = torch.zeros(2, 3, 5, 8, device=device)
     out = padfree.attention(query, query, query, impl="triton")

@@ -9,6 +9,8 @@ from padfree.api import attention, attention_weights, why_not, why_not_device
 from padfree.packed import attention_qkvpacked, attention_varlen
 from padfree.reference import reference, reference_varlen
 
+__version__ = "0.1.0"
+
 __all__ = [
     "attention",
     "attention_qkvpacked",

@@ -36,7 +36,6 @@ FAULTS = [
     backward(
         "fp32 dk and dv keep the error of the rounded LSE", "saved statistics",
         fragment="probs *= tl.load(inverse_ptr + m, mask=m < hi, other=1.0)[None, :]", replacement="pass",
-        reason="costs up to 4 times eager's fp32 error (NOTES.md), which only the sweep left out of the audit measures",
     ),
     backward(
         "delta uses rows that see nothing", "masked-lane fill",
@@ -182,7 +181,6 @@ FAULTS = [
     mask_gradient(
         "the mask's gradient keeps the error of the rounded LSE", "saved statistics",
         fragment="probs *= inverse[:, None]", replacement="pass",
-        reason="costs up to 4 times eager's fp32 error (NOTES.md), which only the sweep left out of the audit measures",
     ),
     mask_gradient(
         "the mask's gradient ignores the window", "window",
