@@ -130,8 +130,9 @@ def test_each_kernel_is_compiled_for_the_architecture_it_is_reported_for(facts: 
 
 
 def test_no_kernel_uses_the_stack_or_spills_registers(facts: list[dict[str, Any]]) -> None:
-    # Stated in README's limits: an fp32 dot over 256 columns holds more than a thread's registers in every tile.
-    kept = [fact for fact in facts if (fact["dtype"], fact["head_dim"]) != ("float32", 256)]
+    # Stated in README's limits: its three fp32 dots over 256 columns spill in every tile on NVIDIA's architectures.
+    spills = ("query_gradient_kernel", "float32", 256)
+    kept = [f for f in facts if (f["kernel"], f["dtype"], f["head_dim"]) != spills or f["arch"] == "gfx942"]
     assert_none(lambda fact: {k: fact[k] for k in ("stack", "spills") if fact[k]}, kept)
 
 

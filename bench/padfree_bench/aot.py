@@ -100,6 +100,11 @@ def parse_arch(text: str) -> Arch:
     return arch
 
 
+def arch_number(arch: Arch) -> int:
+    """The architecture as the configuration table names it."""
+    return arch if isinstance(arch, int) else int(arch.removeprefix("gfx"), 16)
+
+
 def backend_of(arch: Arch) -> str:
     return "cuda" if isinstance(arch, int) else "hip"
 
@@ -132,7 +137,7 @@ def compile_only(arch: Arch, wanted: tuple[str, ...]) -> Iterator[list[Compiled]
 
     driver.set_active(NoDevice(target))
     JITFunction.run = warm_up  # type: ignore[method-assign]
-    _configs.architecture = lambda device: arch if isinstance(arch, int) else 0  # type: ignore[assignment]
+    _configs.architecture = lambda device: arch_number(arch)  # type: ignore[assignment]
     try:
         yield compiled
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor
 from padfree import _configs, _op
 from padfree._configs import Config, Row
 from padfree._launch import OPEN, Call, heads_last
-from padfree_bench.aot import Arch, Compiled, compile_only
+from padfree_bench.aot import Arch, Compiled, arch_number, compile_only
 
 LONGEST = 4096
 KIND_DTYPES = {"half": (torch.bfloat16, torch.float16), "float": (torch.float32,)}
@@ -162,8 +162,7 @@ def table_targets(archs: tuple[Arch, ...], roads: tuple[str, ...] = ("padded",))
         for (passname, kind, head_dim), rows in _configs.TABLE.items():
             for index, row in enumerate(rows):
                 seq = min(row.max_length, LONGEST)
-                number = arch if isinstance(arch, int) else 0
-                if _configs._choose(passname, kind, head_dim, seq, number) is not row.config:
+                if _configs._choose(passname, kind, head_dim, seq, arch_number(arch)) is not row.config:
                     continue
                 for dtype in KIND_DTYPES[kind]:
                     for road in roads_of(passname, roads):

@@ -24,7 +24,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from padfree import _configs, attention, attention_varlen
 from padfree._configs import Config
 from padfree_bench import machine
-from padfree_bench.aot import Arch, parse_arch, why_not_compile
+from padfree_bench.aot import Arch, arch_number, parse_arch, why_not_compile
 from padfree_bench.aot_calls import Target, only_config, roads_of
 from padfree_bench.aot_facts import facts_of_target
 from padfree_bench.cost_model import predict
@@ -196,7 +196,7 @@ def decide(proposal: Proposal, figure: str) -> Proposal:
 
 def predicted(question: Question, arch: Arch) -> Proposal:
     """Compile the candidates and rank those without spills by the model's floor."""
-    current = question.current(arch if isinstance(arch, int) else 0)
+    current = question.current(arch_number(arch))
     proposal = Proposal(question, current, BASIS["predicted"])
     dtype = DTYPES[question.kind]
     lengths = make_lengths("scaled", question.batch, question.length)

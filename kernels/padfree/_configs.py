@@ -13,6 +13,7 @@ import torch
 import triton
 
 ANY = 1 << 62
+GFX942 = 0x942
 
 
 class Config(NamedTuple):
@@ -38,6 +39,8 @@ _LONG = "K and V are read once for twice the rows"
 _MMA_SYNC = "a 64 x 64 tile spills where the operands of mma.sync pass through registers"
 _IEEE = "fp32 dots are chains of FMAs that hold D inputs: few outputs a thread keep them out of local memory"
 _WIDE = "accumulators of 256 columns: narrow tiles, more warps"
+_CDNA = "a wider step spills there"
+_CDNA_FP32 = "4 warps may use 512 registers a lane there"
 _TWO_STATES = "it holds its own sum beside the scores and their gradient: half the rows"
 _LANES = "4096 elements of K a tile: 32 accumulators a thread"
 
@@ -57,27 +60,37 @@ TABLE: dict[Key, list[Row]] = {
     ("forward", "float", 16): [Row(Config(32, 32, 4, 2), _IEEE)],
     ("forward", "float", 32): [Row(Config(32, 32, 4, 2), _IEEE)],
     ("forward", "float", 64): [
-        Row(Config(32, 16, 8, 1), "32 keys spill 8 bytes there", arch=(90, 100, 103)),
+        Row(Config(32, 16, 4, 1), "32 keys or 8 warps spill there", arch=(90, 100, 103)),
         Row(Config(32, 32, 8, 1), _IEEE),
     ],
     ("forward", "float", 128): [Row(Config(32, 16, 8, 1), _IEEE)],
-    ("forward", "float", 256): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("forward", "float", 256): [
+        Row(Config(16, 16, 4, 1), "8 warps keep 8 bytes on the stack there", arch=(80, 86, 89)),
+        Row(Config(16, 16, 8, 1), _IEEE),
+    ],
     ("query_gradient", "half", 16): [
         Row(Config(64, 32, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
         Row(Config(64, 64, 4, 2), _SHORT),
     ],
     ("query_gradient", "half", 32): [Row(Config(64, 64, 4, 2), _SHORT)],
     ("query_gradient", "half", 64): [
+        Row(Config(64, 32, 4, 2), _CDNA + " where attn_mask and dropout are given", arch=(GFX942,)),
         Row(Config(64, 32, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
         Row(Config(64, 64, 4, 2), _SHORT),
     ],
     ("query_gradient", "half", 128): [Row(Config(64, 32, 4, 2), "64 keys spill beside 128 columns of dq")],
-    ("query_gradient", "half", 256): [Row(Config(32, 32, 8, 1), _WIDE)],
+    ("query_gradient", "half", 256): [
+        Row(Config(32, 16, 8, 1), _CDNA, arch=(GFX942,)),
+        Row(Config(32, 32, 8, 1), _WIDE),
+    ],
     ("query_gradient", "float", 16): [Row(Config(32, 32, 4, 1), _IEEE)],
     ("query_gradient", "float", 32): [Row(Config(32, 32, 4, 1), _IEEE)],
     ("query_gradient", "float", 64): [Row(Config(32, 32, 8, 1), _IEEE)],
     ("query_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
-    ("query_gradient", "float", 256): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("query_gradient", "float", 256): [
+        Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
+        Row(Config(16, 16, 8, 1), _IEEE),
+    ],
     ("key_gradient", "half", 16): [Row(Config(64, 64, 4, 2), _SHORT)],
     ("key_gradient", "half", 32): [Row(Config(64, 64, 4, 2), _SHORT)],
     ("key_gradient", "half", 64): [
@@ -85,9 +98,13 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(64, 64, 4, 3), _SHORT + "; 2 stages keep 8 bytes on the stack when packed"),
     ],
     ("key_gradient", "half", 128): [
-        Row(Config(32, 64, 8, 2), "dK and dV of 128 columns fill 8 warps' registers")
+        Row(Config(32, 32, 8, 1), _CDNA, arch=(GFX942,)),
+        Row(Config(32, 64, 8, 2), "dK and dV of 128 columns fill 8 warps' registers"),
     ],
-    ("key_gradient", "half", 256): [Row(Config(32, 32, 8, 1), _WIDE)],
+    ("key_gradient", "half", 256): [
+        Row(Config(16, 32, 8, 1), _CDNA, arch=(GFX942,)),
+        Row(Config(32, 32, 8, 1), _WIDE),
+    ],
     ("key_gradient", "float", 16): [Row(Config(16, 32, 4, 1), _IEEE)],
     ("key_gradient", "float", 32): [Row(Config(32, 32, 4, 1), _IEEE)],
     ("key_gradient", "float", 64): [
@@ -95,7 +112,10 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(32, 32, 8, 1), _IEEE),
     ],
     ("key_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
-    ("key_gradient", "float", 256): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("key_gradient", "float", 256): [
+        Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
+        Row(Config(16, 16, 8, 1), _IEEE),
+    ],
     ("attn_mask_gradient", "half", 16): [Row(Config(32, 64, 8, 1), _TWO_STATES)],
     ("attn_mask_gradient", "half", 32): [Row(Config(32, 64, 8, 1), _TWO_STATES)],
     ("attn_mask_gradient", "half", 64): [
@@ -111,7 +131,10 @@ TABLE: dict[Key, list[Row]] = {
     ("attn_mask_gradient", "float", 32): [Row(Config(16, 16, 4, 1), _IEEE)],
     ("attn_mask_gradient", "float", 64): [Row(Config(32, 32, 8, 1), _IEEE)],
     ("attn_mask_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
-    ("attn_mask_gradient", "float", 256): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("attn_mask_gradient", "float", 256): [
+        Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
+        Row(Config(16, 16, 8, 1), _IEEE),
+    ],
     ("single_query", "half", 16): [Row(Config(1, 256), _LANES)],
     ("single_query", "half", 32): [Row(Config(1, 128), _LANES)],
     ("single_query", "half", 64): [Row(Config(1, 64), _LANES)],
@@ -134,26 +157,6 @@ def dtype_kind(dtype: torch.dtype) -> str:
     return "float" if dtype == torch.float32 else "half"
 
 
-def choose(
-    passname: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    length: int,
-    device: torch.device,
-    *,
-    heavy: bool = False,
-) -> Config:
-    """The table's configuration for one call. `length` is the padded (or maximal) number of keys.
-
-    A `heavy` call has attn_mask, dropout, a head_dim whose rows are not aligned, or a window over wide heads: what
-    it holds beside a tile of scores would spill, so it walks a short sequence's tiles in half steps with the
-    registers of more warps.
-    """
-    length = 0 if heavy else length
-    config = _choose(passname, dtype_kind(dtype), padded_head_dim(head_dim), length, architecture(device))
-    return _half_steps(passname, config) if heavy and passname in WALKS else config
-
-
 # The side of the tile that each pass walks along; the other one it owns.
 WALKS = {
     "forward": "block_n",
@@ -163,9 +166,28 @@ WALKS = {
 }
 
 
-def _half_steps(passname: str, config: Config) -> Config:
-    step = max(16, getattr(config, WALKS[passname]) // 2)
-    return config._replace(**{WALKS[passname]: step}, num_warps=8, num_stages=min(2, config.num_stages))
+def choose(
+    passname: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    length: int,
+    device: torch.device,
+    *,
+    halvings: int = 0,
+) -> Config:
+    """The table's configuration for one call. `length` is the padded (or maximal) number of keys.
+
+    What attn_mask, dropout, unaligned rows and the like hold beside a tile of scores would spill. Such a call asks
+    for `halvings`: it walks a short sequence's tiles in steps halved that often, the matrix instructions of half
+    precision with the registers of more warps.
+    """
+    length, kind = 0 if halvings else length, dtype_kind(dtype)
+    config = _choose(passname, kind, padded_head_dim(head_dim), length, architecture(device))
+    if not halvings or passname not in WALKS:
+        return config
+    warps = 8 if kind == "half" and passname != "single_query" else config.num_warps
+    step = max(16, getattr(config, WALKS[passname]) >> halvings)
+    return config._replace(**{WALKS[passname]: step}, num_warps=warps, num_stages=min(2, config.num_stages))
 
 
 @lru_cache(maxsize=1024)
@@ -176,8 +198,11 @@ def _choose(passname: str, kind: str, block_d: int, length: int, arch: int) -> C
 
 @lru_cache(maxsize=64)
 def architecture(device: torch.device) -> int:
-    """Compute capability as one number (90 for sm_90); 0 where there is none, as in the interpreter."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    """Compute capability as one number (90 for sm_90, 0x942 for gfx942); 0 where there is none, as in the interpreter."""
+    if device.type != "cuda":
         return 0
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return int(name.split(":")[0].removeprefix("gfx"), 16)
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -61,13 +61,15 @@ class Call:
         """The launch configuration of one pass over this call."""
         query = self.query
         head_dim = query.shape[3]
-        # Strides have no say: another layout of the same numbers must give the same bits.
-        unaligned = head_dim % 8 != 0
         wide_window = (self.left, self.right) != (OPEN, OPEN) and head_dim > 64
         # dk and dv are held across the query heads that share them
         grouped = passname == "key_gradient" and self.heads != self.kv_heads
-        heavy = self.attn_mask is not None or self.seed is not None or wide_window or unaligned or grouped
-        return choose(passname, query.dtype, head_dim, self.max_k, query.device, heavy=heavy)
+        holds_more = self.attn_mask is not None or self.seed is not None or wide_window or grouped
+        # Strides have no say: another layout of the same numbers must give the same bits.
+        unaligned = head_dim % 8 != 0
+        return choose(
+            passname, query.dtype, head_dim, self.max_k, query.device, halvings=holds_more + unaligned
+        )
 
     def _side(self, side: int) -> int | None:
         """A window side for the kernel: no farther than the longest sequence, so that positions stay in 32 bits."""
