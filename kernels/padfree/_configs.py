@@ -116,10 +116,13 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
-    ("attn_mask_gradient", "half", 16): [Row(Config(32, 64, 8, 1), _TWO_STATES)],
+    ("attn_mask_gradient", "half", 16): [
+        Row(Config(32, 32, 8, 1), _CDNA, arch=(GFX942,)),
+        Row(Config(32, 64, 8, 1), _TWO_STATES),
+    ],
     ("attn_mask_gradient", "half", 32): [Row(Config(32, 64, 8, 1), _TWO_STATES)],
     ("attn_mask_gradient", "half", 64): [
-        Row(Config(32, 32, 8, 1), "64 keys keep 32 bytes on the stack there", arch=(100, 103)),
+        Row(Config(32, 32, 8, 1), "64 keys keep 32 bytes on the stack there", arch=(100, 103, GFX942)),
         Row(Config(32, 64, 8, 1), _TWO_STATES),
     ],
     ("attn_mask_gradient", "half", 128): [Row(Config(32, 32, 8, 1), _TWO_STATES)],
@@ -178,14 +181,14 @@ def choose(
     """The table's configuration for one call. `length` is the padded (or maximal) number of keys.
 
     What attn_mask, dropout, unaligned rows and the like hold beside a tile of scores would spill. Such a call asks
-    for `halvings`: it walks a short sequence's tiles in steps halved that often, the matrix instructions of half
-    precision with the registers of more warps.
+    for `halvings`: it walks a short sequence's tiles in steps halved that often, with the registers of more warps
+    except where fp32 dots hold few outputs a thread already.
     """
     length, kind = 0 if halvings else length, dtype_kind(dtype)
     config = _choose(passname, kind, padded_head_dim(head_dim), length, architecture(device))
     if not halvings or passname not in WALKS:
         return config
-    warps = 8 if kind == "half" and passname != "single_query" else config.num_warps
+    warps = config.num_warps if kind == "float" and passname != "single_query" else 8
     step = max(16, getattr(config, WALKS[passname]) >> halvings)
     return config._replace(**{WALKS[passname]: step}, num_warps=warps, num_stages=min(2, config.num_stages))
 
