@@ -247,6 +247,30 @@ def test_packed_sequences_equal_padded_ones_bit_for_bit(window: Any) -> None:
     assert torch.equal(lse, torch.cat([wanted.lse[b, :, :n] for b, n in enumerate(lengths)], dim=1))
 
 
+def test_packed_queries_and_keys_of_unequal_lengths_match_the_reference() -> None:
+    queries, keys = torch.tensor([0, 3, 20]).int(), torch.tensor([0, 30, 37]).int()
+    call = torch.randn(20, 2, 16), torch.randn(37, 2, 16), torch.randn(37, 2, 16), queries, keys, 17, 30
+    torch.testing.assert_close(
+        padfree.attention_varlen(*call, impl="triton"), padfree.reference_varlen(*call), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_mask_for_each_sequence_is_the_same_in_every_form() -> None:
+    inputs = make_inputs(3, 2, 9, 40, 16, padding="right")
+    mask = inputs.key_padding_mask
+    assert mask is not None and not torch.equal(mask[0], mask[1])
+    wanted = kernel_results(inputs)
+    for form in (mask[:, None], mask[:, None, None]):
+        assert_same_bits(kernel_results(replace(inputs, key_padding_mask=form)), wanted)
+
+
+def test_an_explicit_triton_raises_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padfree.api, "why_not_device", lambda device: "no GPU")
+    query = torch.zeros(1, 1, 4, 16)
+    with pytest.raises(RuntimeError, match="^impl='triton' cannot run: no GPU; or use impl='reference'$"):
+        padfree.attention(query, query, query, impl="triton")
+
+
 @pytest.mark.parametrize("scale", [None, -0.5])
 def test_a_fused_buffer_equals_three_tensors_bit_for_bit(scale: float | None) -> None:
     inputs = make_inputs(2, 2, 37, 37, 16, padding="both_sides", lse_gradient=True)
