@@ -70,6 +70,20 @@ class TestCompare:
         after = self.write(tmp_path, "b", [gone, a_row("sdpa", 1.0)])
         assert main([str(before), str(after)]) == 1
 
+    def test_several_runs_of_each_side_count_what_differs_between_runs_as_noise(self, tmp_path: Path) -> None:
+        """One run a side takes a machine's slow hour for a slower kernel; two a side do not, and still see a fifth."""
+        calm, slow = (self.write(tmp_path, n, [a_row("padfree", ms)]) for n, ms in (("a", 1.0), ("b", 1.25)))
+        assert main([str(calm), str(slow)]) == 1
+        assert main([f"{calm},{slow}", f"{slow},{calm}"]) == 0
+        worse = self.write(tmp_path, "c", [a_row("padfree", 1.5)])
+        assert main([f"{calm},{slow}", f"{worse},{worse}"]) == 1
+
+    def test_a_figure_that_one_of_several_runs_lost_is_not_forgotten(self, tmp_path: Path) -> None:
+        before = self.write(tmp_path, "a", [a_row("padfree", 1.0), a_row("sdpa", 1.0)])
+        gone = Row("attention", "c", "imdb", "forward", "padfree", NOT_RUN, reason="out of memory")
+        after = self.write(tmp_path, "b", [gone, a_row("sdpa", 1.0)])
+        assert main([str(before), f"{before},{after}"]) == 1
+
     def test_a_real_call_that_does_a_fifth_more_work_is_slower(self) -> None:
         now = [0.0]
 

@@ -1,9 +1,14 @@
-"""`python -m bench compare A.json B.json`: what got slower from A to B beyond noise."""
+"""`python -m bench compare A.json B.json`: what got slower from A to B beyond noise.
+
+Either side may be several runs, `A1.json,A2.json`: each case's interval then spans all of them, since one machine
+measures differently from hour to hour, by more than the spread within a run.
+"""
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from padfree_bench.results import Result, Row, load
 
@@ -44,6 +49,32 @@ def changes(before: Result, after: Result, threshold: float = THRESHOLD) -> list
     ]
 
 
+def together(runs: list[Result]) -> Result:
+    """Several runs as one: each case at the median of its medians, its interval from the least p20 to the most p80."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in (row for run in runs for row in run.rows):
+        found.setdefault(row.key[1:], []).append(row)
+    rows = []
+    for same in found.values():
+        missing = [row for row in same if not row.timed]
+        rows.append(missing[0] if missing else _hull(same))
+    return replace(runs[0], rows=rows)
+
+
+def _hull(rows: list[Row]) -> Row:
+    return replace(
+        rows[0],
+        ms_p20=min(row.ms_p20 or 0.0 for row in rows),
+        ms_p50=median(row.ms_p50 or 0.0 for row in rows),
+        ms_p80=max(row.ms_p80 or 0.0 for row in rows),
+    )
+
+
+def load_all(paths: str) -> Result:
+    """One side of a comparison: result files by path, with commas between several; ValueError names a bad one."""
+    return together([load(Path(path)) for path in paths.split(",")])
+
+
 def lost(before: Result, after: Result) -> list[Row]:
     """Rows of `after` that have no figure any more although `before` had one."""
     had = {row.key[1:] for row in before.rows if row.timed}
@@ -70,14 +101,16 @@ def describe(change: Change) -> str:
 def main(argv: list[str]) -> int:
     """Exit status 1 when something got slower or lost its figure, 2 when the files cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser.add_argument(
+        "before", metavar="A.json", help="the result file before the change, or several by comma"
+    )
+    parser.add_argument("after", metavar="B.json", help="the one after it, or several")
     parser.add_argument(
         "--threshold", type=float, default=THRESHOLD, help="smallest change that counts (0.05)"
     )
     options = parser.parse_args(argv)
     try:
-        before, after = load(options.before), load(options.after)
+        before, after = load_all(options.before), load_all(options.after)
     except ValueError as error:
         print(f"python -m bench compare: {error}", file=sys.stderr)
         return 2

@@ -10,11 +10,12 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 96
 table { border-collapse: collapse; font-size: 13px; margin: .4rem 0 1rem; }
 th, td { border-bottom: 1px solid #d8dee4; padding: .2rem .55rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, .remark { text-align: left; }
-td.remark { white-space: normal; max-width: 26rem; color: #57606a; }
-tr.ours { background: #fff4e8; } tr.not-run { color: #8c959f; } tr.upper { font-style: italic; }
+td.remark { white-space: normal; min-width: 12rem; max-width: 26rem; color: #57606a; }
+p { overflow-wrap: anywhere; } ul { font-size: 13px; margin: 0 0 1rem; color: #57606a; }
+tr.ours { background: #fff4e8; } tr.upper { font-style: italic; }
 .devices { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
 .devices > section { flex: 1 1 36rem; min-width: 0; overflow-x: auto; }
-.pictures { display: flex; flex-wrap: wrap; gap: .5rem; } .pictures svg { width: 36rem; height: auto; max-width: 100%; }
+.pictures { display: flex; flex-wrap: wrap; gap: .5rem; } .pictures svg { height: auto; max-width: 100%; }
 details { margin: .3rem 0; } summary { cursor: pointer; font-weight: 600; } code { background: #f3f4f6; padding: 0 .2rem; }
 """
 
@@ -84,14 +85,23 @@ def _inline(path: Path) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    columns = used_columns(rows)
+    """What was timed as a table, then each reason for a missing figure once, with those it is about."""
+    timed = [row for row in rows if row.status != NOT_RUN]
+    columns = used_columns(timed)
     head = "".join(f"<th class={name}>{escape(COLUMNS[name])}</th>" for name in columns)
-    body = "".join(_line(row, columns) for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    body = "".join(_line(row, columns) for row in timed)
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.status == NOT_RUN:
+            reasons.setdefault(row.reason, []).append(row.peer)
+    refused = "".join(
+        f"<li>not run: {escape(', '.join(peers))}: {escape(why)}</li>" for why, peers in reasons.items()
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><ul>{refused}</ul>"
 
 
 def _line(row: Row, columns: list[str]) -> str:
-    kind = "not-run" if row.status == NOT_RUN else "upper" if row.status == UPPER_BOUND else ""
+    kind = "upper" if row.status == UPPER_BOUND else ""
     if row.peer.startswith(("padfree", "ours")) and not kind:
         kind = "ours"
     cells = "".join(

@@ -8,79 +8,71 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+# With no date inside either, drawing the same figures twice changes no byte.
+matplotlib.rcParams["svg.hashsalt"] = "padfree"
 import matplotlib.pyplot as plt
 
-from padfree_bench.results import UPPER_BOUND, Result, Row
+from padfree_bench.results import UPPER_BOUND, Result, Row, grouped
 
 # One colour a peer in every picture; the reds and oranges are padfree's.
 COLOURS = [plt.get_cmap("tab20")(index) for index in (0, 4, 8, 10, 14, 16, 18, 1, 5, 9, 11, 15, 17, 19)]
 OURS = ("#d62728", "#ff7f0e", "#e377c2", "#8c1a1a", "#bc5090", "#ffb000")
 MARKERS = "osD^v<>P*X"
+LENGTHS = {"imdb": "IMDB lengths", "scaled": "IMDB lengths scaled to S", "full": "no padding"}
+PANEL_INCHES = (3.6, 3.8)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One line plot: rows of `group` against x, with every other axis fixed by the group's cases."""
+    """A line plot of one group of cases: a panel a direction, `y` against `x`; `label` names each x instead."""
 
     name: str
     group: str
     x_label: str
-    x: Callable[[Row], float]
+    x: Callable[[Row], Any]
     y_label: str
     y: Callable[[Row], float | None]
-    log_x: bool = False
-    log_y: bool = True
+    log_x: bool = True
+    label: Callable[[Any], str] | None = None
+
+
+def _length(row: Row) -> int:
+    return row.seq or 0
 
 
 def _padding_percent(row: Row) -> float:
     return 100 * (1 - (row.valid_fraction or 0))
 
 
+def _heads(row: Row) -> tuple[int, int]:
+    return row.head_dim or 0, row.heads or 0
+
+
 SWEEPS = [
-    Sweep(
-        "speed-length",
-        "length",
-        "padded length S",
-        lambda r: r.seq or 0,
-        "ms",
-        lambda r: r.ms_p50,
-        log_x=True,
-    ),
-    Sweep(
-        "memory-length",
-        "length",
-        "padded length S",
-        lambda r: r.seq or 0,
-        "peak MiB",
-        lambda r: r.peak_mib,
-        log_x=True,
-    ),
-    Sweep("speed-padding", "padding", "padding, % of the batch", _padding_percent, "ms", lambda r: r.ms_p50),
+    Sweep("speed-length", "length", "padded length S", _length, "ms", lambda r: r.ms_p50),
+    Sweep("memory-length", "length", "padded length S", _length, "peak MiB", lambda r: r.peak_mib),
+    Sweep("speed-padding", "padding", "padding, %", _padding_percent, "ms", lambda r: r.ms_p50, log_x=False),
     Sweep(
         "memory-padding",
         "padding",
-        "padding, % of the batch",
+        "padding, %",
         _padding_percent,
         "peak MiB",
         lambda r: r.peak_mib,
+        log_x=False,
     ),
     Sweep(
         "speed-head-dim",
         "imdb",
-        "head_dim D",
-        lambda r: r.head_dim or 0,
+        "heads H and head_dim D",
+        _heads,
         "valid tokens/s",
         lambda r: r.tokens_per_s,
-        log_x=True,
+        log_x=False,
+        label=lambda heads: f"H{heads[1]} D{heads[0]}",
     ),
     Sweep(
-        "speed-batch",
-        "batch",
-        "batch B",
-        lambda r: r.batch or 0,
-        "valid tokens/s",
-        lambda r: r.tokens_per_s,
-        log_x=True,
+        "speed-batch", "batch", "batch B", lambda r: r.batch or 0, "valid tokens/s", lambda r: r.tokens_per_s
     ),
 ]
 
@@ -99,14 +91,26 @@ def timed_peers(result: Result) -> list[str]:
     )
 
 
+def shape_of(rows: list[Row]) -> str:
+    """What all these rows share, such as `B16 H4 D8 S512, IMDB lengths`; what varies is left to the axis."""
+    shared = []
+    for letter, name in (("B", "batch"), ("H", "heads"), ("D", "head_dim"), ("S", "seq")):
+        values = {getattr(row, name) for row in rows}
+        if len(values) == 1:
+            shared.append(f"{letter}{values.pop()}")
+    lengths = {row.lengths for row in rows}
+    kind = LENGTHS.get(lengths.pop(), "") if len(lengths) == 1 else ""
+    return ", ".join(part for part in (" ".join(shared), kind) if part)
+
+
 def draw_all(result: Result, folder: Path) -> list[Path]:
     """Write every picture the file has rows for, as SVG and PNG; returns the SVG paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for sweep in SWEEPS:
-        for dtype, direction, rows in _panels(result, sweep):
-            name = f"{result.suite}-{sweep.name}-{direction}-{dtype}"
-            written.append(_save(_sweep_figure(result, sweep, rows, dtype, direction), folder / name))
+        for dtype, panels in _panels(result, sweep).items():
+            name = f"{result.suite}-{sweep.name}-{dtype}"
+            written.append(_save(_sweep_figure(result, sweep, panels, dtype), folder / name))
     roofline = [row for row in result.rows if row.tflops and row.gb_per_s and row.status != UPPER_BOUND]
     for dtype in sorted({row.dtype for row in roofline}):
         chosen = [row for row in roofline if row.dtype == dtype and row.direction == "forward"]
@@ -119,51 +123,87 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
     return written
 
 
-def _panels(result: Result, sweep: Sweep) -> list[tuple[str, str, list[Row]]]:
+def _panels(result: Result, sweep: Sweep) -> dict[str, dict[str, list[Row]]]:
+    """{dtype: {direction: rows}} of what the sweep draws; a line needs two points."""
     rows = [row for row in result.rows if row.group == sweep.group and sweep.y(row) is not None]
-    if sweep.name == "speed-head-dim":
+    if sweep.group == "imdb":
         rows = [row for row in rows if row.seq == 400]
-    keys = dict.fromkeys((row.dtype, row.direction) for row in rows)
-    panels = [(d, way, [r for r in rows if (r.dtype, r.direction) == (d, way)]) for d, way in keys]
-    return [panel for panel in panels if len({sweep.x(row) for row in panel[2]}) > 1]
+    panels: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        panels.setdefault(row.dtype, {}).setdefault(row.direction, []).append(row)
+    drawn = {
+        dtype: {way: these for way, these in ways.items() if len({sweep.x(row) for row in these}) > 1}
+        for dtype, ways in panels.items()
+    }
+    return {dtype: ways for dtype, ways in drawn.items() if ways}
+
+
+def _sweep_figure(result: Result, sweep: Sweep, panels: dict[str, list[Row]], dtype: str) -> Any:
+    width, height = PANEL_INCHES
+    figure, all_axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(width * len(panels) + 2.4, height),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    every = [row for rows in panels.values() for row in rows]
+    order = timed_peers(result)
+    figure.suptitle(f"{shape_of(every)}, {dtype}, {result.device}".removeprefix(", "), fontsize=11)
+    for axes, (direction, rows) in zip(all_axes[0], panels.items(), strict=True):
+        ticks = sorted({sweep.x(row) for row in rows})
+        for index, peer in enumerate(order):
+            _line(axes, sweep, [row for row in rows if row.peer == peer], ticks, index, colour(peer, order))
+        axes.set(title=direction, xlabel=sweep.x_label, yscale="log")
+        axes.grid(alpha=0.3)
+        if sweep.log_x:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+        if sweep.label:
+            axes.set_xticks(range(len(ticks)), [sweep.label(tick) for tick in ticks])
+    all_axes[0][0].set_ylabel(sweep.y_label)
+    entries = {
+        label: line
+        for axes in all_axes[0]
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), fontsize=8, loc="outside right center", frameon=False)
+    return figure
+
+
+def _line(axes: Any, sweep: Sweep, rows: list[Row], ticks: list[Any], index: int, shade: Any) -> None:
+    if not rows:
+        return
+    peer = rows[0].peer
+    upper = any(row.status == UPPER_BOUND for row in rows)
+    points = sorted((sweep.x(row), sweep.y(row)) for row in rows)
+    axes.plot(
+        [ticks.index(x) if sweep.label else x for x, _ in points],
+        [y for _, y in points],
+        marker=MARKERS[index % len(MARKERS)],
+        markersize=4,
+        color=shade,
+        linestyle=":" if upper else "-",
+        linewidth=2.2 if peer.startswith("padfree") else 1.2,
+        label=f"{peer} (wrong answer)" if upper else peer,
+    )
 
 
 def _new_figure(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    figure, axes = plt.subplots(figsize=(9.6, 4.8), layout="constrained")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    figure.suptitle(title, fontsize=11)
     axes.grid(alpha=0.3)
     return figure, axes
-
-
-def _sweep_figure(result: Result, sweep: Sweep, rows: list[Row], dtype: str, direction: str) -> Any:
-    figure, axes = _new_figure(f"{result.device}, {dtype}, {direction}", sweep.x_label, sweep.y_label)
-    order = timed_peers(result)
-    for index, peer in enumerate(order):
-        points = sorted((sweep.x(row), sweep.y(row) or 0) for row in rows if row.peer == peer)
-        if points:
-            upper = any(row.peer == peer and row.status == UPPER_BOUND for row in rows)
-            axes.plot(
-                *zip(*points, strict=True),
-                marker=MARKERS[index % len(MARKERS)],
-                markersize=4,
-                color=colour(peer, order),
-                linestyle=":" if upper else "-",
-                linewidth=2.2 if peer.startswith("padfree") else 1.2,
-                label=f"{peer} (wrong answer)" if upper else peer,
-            )
-    if sweep.log_x:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-    if sweep.log_y:
-        axes.set_yscale("log")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
 
 
 def _roofline_figure(result: Result, rows: list[Row], dtype: str) -> Any:
     """Useful FLOP per useful byte against what was reached, under the ceilings of the same run."""
     figure, axes = _new_figure(
-        f"{result.device}, {dtype}, forward, useful work only", "useful FLOP / byte", "useful TFLOP/s"
+        f"roofline: forward of every case, useful work only, {dtype}, {result.device}",
+        "useful FLOP / byte",
+        "useful TFLOP/s",
     )
     assert result.ceilings is not None
     bandwidth, peak = result.ceilings["bytes_per_s"], result.ceilings["flops_per_s"][dtype]
@@ -181,20 +221,16 @@ def _roofline_figure(result: Result, rows: list[Row], dtype: str) -> Any:
         points = [(x, row.tflops) for x, row in zip(intensities, rows, strict=True) if row.peer == peer]
         axes.scatter(*zip(*points, strict=True), s=18, color=colour(peer, order), label=peer)
     axes.set(xscale="log", yscale="log")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(fontsize=8, loc="outside right center", frameon=False)
     return figure
 
 
 def _bar_figures(result: Result, folder: Path) -> list[Path]:
     """Whole models and loops: one bar an implementation, with its p20 to p80."""
     written = []
-    tables: dict[tuple[str, str], list[Row]] = {}
-    for row in result.rows:
-        if row.timed:
-            tables.setdefault((row.case, row.direction), []).append(row)
     order = timed_peers(result)
-    for (case, direction), rows in tables.items():
-        figure, axes = _new_figure(f"{result.device}: {case}, {direction}", "ms (p20 to p80)", "")
+    for (case, direction), rows in grouped([row for row in result.rows if row.timed]).items():
+        figure, axes = _new_figure(f"{case}, {direction}, {result.device}", "ms (p20 to p80)", "")
         times = [row.ms_p50 or 0 for row in rows]
         spread = [
             [(r.ms_p50 or 0) - (r.ms_p20 or 0) for r in rows],
@@ -209,7 +245,6 @@ def _bar_figures(result: Result, folder: Path) -> list[Path]:
 
 
 def _save(figure: Any, stem: Path) -> Path:
-    # No date inside, so that drawing the same figures twice changes no byte.
     figure.savefig(stem.with_name(stem.name + ".svg"), metadata={"Date": None})
     figure.savefig(stem.with_name(stem.name + ".png"), dpi=110)
     plt.close(figure)
