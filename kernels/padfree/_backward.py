@@ -333,7 +333,7 @@ def launch_backward(
     refined = torch.empty_like(lse2) if wants_mask and not is_fp32 else None
     with on_device(query):
         config = query_config or call.config("query_gradient")
-        query_gradient_kernel[call.grid(triton.cdiv(call.max_q, config.block_m), call.heads)](
+        query_gradient_kernel[call.grid(call.max_q, config.block_m, call.heads)](
             out_ptr=out,
             d_out_ptr=d_out,
             d_lse2_ptr=d_lse2,
@@ -351,7 +351,7 @@ def launch_backward(
         )
         if not no_keys:
             config = key_config or call.config("key_gradient")
-            key_gradient_kernel[call.grid(triton.cdiv(call.max_k, config.block_n), call.kv_heads)](
+            key_gradient_kernel[call.grid(call.max_k, config.block_n, call.kv_heads)](
                 lse2_ptr=lse2,
                 d_out_ptr=d_out,
                 delta_ptr=delta,

@@ -6,7 +6,7 @@ architecture without rows of its own takes the general ones. DESIGN.md, "Configu
 its place; `python -m bench tune` proposes rows from measurements.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -151,6 +151,7 @@ TABLE: dict[Key, list[Row]] = {
 }
 
 
+@cache
 def padded_head_dim(head_dim: int) -> int:
     """The tile width of a head: a power of two, at least the 16 that a matrix instruction takes."""
     return max(16, triton.next_power_of_2(head_dim))

@@ -141,9 +141,8 @@ def launch_forward(call: Call, config: Config | None = None) -> tuple[Tensor, Te
     if call.is_empty:
         return out, lse2
     config = config or call.config("forward")
-    grid = call.grid(triton.cdiv(call.max_q, config.block_m), call.heads)
     with on_device(query):
-        attention_forward_kernel[grid](
+        attention_forward_kernel[call.grid(call.max_q, config.block_m, call.heads)](
             out_ptr=out,
             lse2_ptr=lse2,
             out_strides=call.strides(out),

@@ -85,9 +85,9 @@ class Call:
         lse2 = self.query.new_empty(self.query.shape[:3], dtype=torch.float32)
         return lse2 if self.cu_seqlens_q is None else lse2.fill_(-math.inf)
 
-    def grid(self, tiles: int, heads: int) -> tuple[int]:
-        """One program per tile, sequence and head."""
-        programs = tiles * self.batch * heads
+    def grid(self, rows: int, block: int, heads: int) -> tuple[int]:
+        """One program per block of rows, sequence and head."""
+        programs = -(-rows // block) * self.batch * heads
         if programs > MAX_PROGRAMS:
             raise ValueError(f"query and key need {programs} programs; a GPU launches at most {MAX_PROGRAMS}")
         return (programs,)

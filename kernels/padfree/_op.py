@@ -141,11 +141,27 @@ for name, launch, fake in (
 ops = torch.ops.padfree
 
 
+def _forward_and_save(
+    ctx: Any, inputs: tuple[Tensor | None, ...], tensors: tuple[Tensor | None, ...], scalars: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Run the forward on `tensors` and keep `inputs`, which are what gradients are owed to."""
+    out, lse2 = ops.forward(*tensors, *scalars)
+    ctx.save_for_backward(*inputs, out, lse2)
+    ctx.scalars = scalars
+    ctx.set_materialize_grads(False)
+    return out, lse2
+
+
 class Attention(torch.autograd.Function):
-    """(query, key, value, then the arguments of SHARED_SCHEMA) -> (out, lse2)."""
+    """(query, key, value, then the arguments of SHARED_SCHEMA) -> (out, lse2).
+
+    Arguments are spelled out for torch.compile, which reads the signature; a setup_context of its own would cost each
+    call an `inspect.signature`, half of the forward's host time.
+    """
 
     @staticmethod
     def forward(
+        ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -162,16 +178,9 @@ class Attention(torch.autograd.Function):
         right: int,
         skip_padded_queries: bool,
     ) -> tuple[Tensor, Tensor]:
-        # Spelled out, because torch.compile counts the parameters to tell whether ctx is one of them.
-        return ops.forward(
-            query, key, value, padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, left, right, skip_padded_queries
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:8], *output)
-        ctx.scalars = inputs[8:]
-        ctx.set_materialize_grads(False)
+        tensors = query, key, value, padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k
+        scalars = max_q, max_k, scale, dropout_p, left, right, skip_padded_queries
+        return _forward_and_save(ctx, tensors, tensors, scalars)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse2: Tensor | None) -> tuple[Any, ...]:
@@ -188,6 +197,7 @@ class AttentionQKVPacked(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         qkv: Tensor,
         padding: Tensor | None,
         attn_mask: Tensor | None,
@@ -202,15 +212,9 @@ class AttentionQKVPacked(torch.autograd.Function):
         right: int,
         skip_padded_queries: bool,
     ) -> tuple[Tensor, Tensor]:
-        return ops.forward(
-            *split_qkv(qkv), padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, left, right, skip_padded_queries
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:6], *output)
-        ctx.scalars = inputs[6:]
-        ctx.set_materialize_grads(False)
+        shared = padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k
+        scalars = max_q, max_k, scale, dropout_p, left, right, skip_padded_queries
+        return _forward_and_save(ctx, (qkv, *shared), (*split_qkv(qkv), *shared), scalars)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse2: Tensor | None) -> tuple[Any, ...]:

@@ -220,7 +220,7 @@ def launch_single_query_forward(call: Call, config: Config | None = None) -> tup
         return out, lse2
     config = config or call.config("single_query")
     with on_device(query):
-        single_query_forward_kernel[call.grid(1, call.heads)](
+        single_query_forward_kernel[call.grid(1, 1, call.heads)](
             out_ptr=out,
             lse2_ptr=lse2,
             out_strides=call.strides(out),
@@ -248,7 +248,7 @@ def launch_single_query_backward(
         delta, inverse = torch.empty_like(lse2), torch.empty_like(lse2)
     config = config or call.config("single_query")
     with on_device(query):
-        single_query_backward_kernel[call.grid(1, call.heads)](
+        single_query_backward_kernel[call.grid(1, 1, call.heads)](
             out_ptr=out,
             lse2_ptr=lse2,
             d_out_ptr=d_out,

@@ -72,8 +72,8 @@ FAULTS = [
     ),
     backward(
         "the last partial tile of keys is skipped", "bounds",
-        fragment="triton.cdiv(call.max_k, config.block_n), call.kv_heads",
-        replacement="call.max_k // config.block_n, call.kv_heads",
+        fragment="call.grid(call.max_k, config.block_n, call.kv_heads)",
+        replacement="call.grid(call.max_k // config.block_n, 1, call.kv_heads)",
     ),
     backward(
         "rows past the range give their tail to dk and dv", "masked-lane fill",

@@ -13,7 +13,7 @@ FAULTS = [
     ),
     forward(
         "the last partial tile of rows is skipped", "bounds",
-        fragment="grid = call.grid(triton.cdiv(call.max_q, config.block_m),", replacement="grid = call.grid(call.max_q // config.block_m,",
+        fragment="call.grid(call.max_q, config.block_m,", replacement="call.grid(call.max_q // config.block_m, 1,",
     ),
     forward(
         "keys past the end reach an attn_mask tile", "bounds",
