@@ -128,7 +128,8 @@ def attention_forward_kernel(
     # NaN in a row's scores leaves it without a maximum, but not without a sum: it must come out NaN, not 0.
     live_m = live_m & (row_sum != 0.0)
     kept = 1.0 if seed_ptr is None else 1.0 - dropout_p
-    out = tl.where(live_m[:, None], acc / tl.where(live_m, row_sum * kept, 1.0)[:, None], 0.0)
+    row_sum = tl.where(live_m, row_sum, 1.0)
+    out = tl.where(live_m[:, None], acc / (row_sum * kept)[:, None], 0.0)
     store_tile(out_ptr, out, m_first, out_strides, in_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
     lse2 = tl.where(live_m, row_max2 + tl.log2(row_sum), float("-inf"))
     tl.store(lse2_ptr + m, lse2, mask=in_m)

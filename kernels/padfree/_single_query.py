@@ -99,9 +99,9 @@ def single_query_forward_kernel(
     row_max2 = tl.max(lane_max2, 0)
     live = row_max2 > float("-inf")
     weight = tl.exp2(lane_max2 - tl.where(live, row_max2, 0.0)[None, :])
-    row_sum = tl.sum(lane_sum * weight, 0)
+    row_sum = tl.where(live, tl.sum(lane_sum * weight, 0), 1.0)
     kept = 1.0 if seed_ptr is None else 1.0 - dropout_p
-    out = tl.sum(acc * weight, 0)[None, :] / tl.where(live, row_sum * kept, 1.0)[:, None]
+    out = tl.sum(acc * weight, 0)[None, :] / (row_sum * kept)[:, None]
     out_ptr += head_offset(out_strides, b, h, q_start, ALIGN)
     store_tile(out_ptr, out, 0, out_strides, in_m, HEAD_DIM, 1, BLOCK_D, ALIGN)
     lse2 = tl.where(live, row_max2 + tl.log2(row_sum), float("-inf"))

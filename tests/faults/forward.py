@@ -97,8 +97,8 @@ FAULTS = [
     ),
     forward(
         "rows that see nothing divide by zero", "masked rows",
-        fragment="acc / tl.where(live_m, row_sum * kept, 1.0)[:, None], 0.0)",
-        replacement="acc / (row_sum * kept)[:, None], acc / (row_sum * kept)[:, None])",
+        fragment="    row_sum = tl.where(live_m, row_sum, 1.0)\n    out = tl.where(live_m[:, None], acc / (row_sum * kept)[:, None], 0.0)",
+        replacement="    out = acc / (row_sum * kept)[:, None]",
     ),
     forward(
         "kept weights are not scaled up", "dropout",
