@@ -46,11 +46,15 @@ lint: $(VENV)/.test ## ruff: rules and format
 types: $(VENV)/.test ## mypy
 	$(BIN)/mypy
 
-soak: $(VENV)/.test ## 20,000 generated examples, every ahead-of-time compilation, the whole fault audit (hours)
+# Another Triton beside the installed one: tests/test_aot.py then compiles with both.
+triton-%: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/$@ triton==$*
+
+soak: $(VENV)/.test triton-3.6.0 ## 20,000 generated examples, every ahead-of-time compilation, the whole fault audit (hours)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -q -m soak
 	$(MAKE) faults
 
-aot: $(VENV)/.test ## compile every configuration for sm_80, sm_90, sm_100 and gfx942, and print what came out
+aot: $(VENV)/.test triton-3.6.0 ## compile every configuration for sm_80, sm_90, sm_100 and gfx942 with Triton 3.6.0 and 3.7.1, and print what came out
 	$(BIN)/pytest -q tests/test_aot.py -m "soak or not soak"
 	$(BIN)/python -m bench compile-report --arch 80 90 100 gfx942 --roads all
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 
 import torch
+import triton
 
 from padfree_bench.aot import SHARED_LIMIT, Arch, Compiled, backend_of
 from padfree_bench.aot_calls import Target, compile_target
@@ -23,6 +24,7 @@ HALF_DOT = re.compile(r"tt\.dot [^\n]*: tensor<(\d+)x(\d+)x(?:bf16|f16)")
 class Facts:
     """One kernel for one target. `stack` is bytes a thread; occupancy is CTAs a multiprocessor."""
 
+    triton: str
     kernel: str
     arch: Arch
     passname: str
@@ -88,6 +90,7 @@ def facts_of(compiled: Compiled, target: Target) -> Facts:
     text, constants, resources = compiled.assembly, compiled.constants, compiled.resources
     block_m, block_n = constants.get("BLOCK_M", 1), constants.get("BLOCK_N", 1)
     return Facts(
+        triton=triton.__version__,
         kernel=compiled.name,
         arch=target.arch,
         passname=target.passname,

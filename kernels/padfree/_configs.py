@@ -2,8 +2,9 @@
 
 A row is keyed by (pass, dtype kind, padded head_dim); of the rows whose `arch` and `max_length` admit the call
 the first one wins, so special rows stand before general ones and the last row of a key is its fallback. An
-architecture without rows of its own takes the general ones. DESIGN.md, "Configurations", says how a row earns
-its place; `python -m bench tune` proposes rows from measurements.
+architecture without rows of its own takes the general ones. "There" in a reason means on the row's architectures
+under Triton 3.6.0 or 3.7.1. DESIGN.md, "Configurations", says how a row earns its place; `python -m bench tune`
+proposes rows from measurements.
 """
 
 from functools import cache, lru_cache
@@ -47,11 +48,14 @@ _LANES = "4096 elements of K a tile: 32 accumulators a thread"
 TABLE: dict[Key, list[Row]] = {
     ("forward", "half", 16): [Row(Config(64, 64, 4, 3), _SHORT)],
     ("forward", "half", 32): [
-        Row(Config(64, 64, 8, 3), "4 warps keep 8 bytes on the stack there", arch=(80, 86, 89)),
+        Row(
+            Config(64, 64, 8, 3), "4 warps keep 8 to 16 bytes on the stack there", arch=(80, 86, 89, 100, 103)
+        ),
         Row(Config(64, 64, 4, 3), _SHORT),
     ],
     ("forward", "half", 64): [Row(Config(64, 64, 4, 3), _SHORT, 1024), Row(Config(128, 64, 8, 3), _LONG)],
     ("forward", "half", 128): [
+        Row(Config(64, 32, 4, 2), "64 keys keep 32 bytes on the stack there", 1024, (80, 86, 89)),
         Row(Config(64, 64, 4, 2), _SHORT, 1024),
         Row(Config(128, 32, 8, 2), _LONG + "; 64 keys keep 16 bytes on the stack there", arch=(80, 86, 89)),
         Row(Config(128, 64, 8, 2), _LONG),
@@ -60,7 +64,7 @@ TABLE: dict[Key, list[Row]] = {
     ("forward", "float", 16): [Row(Config(32, 32, 4, 2), _IEEE)],
     ("forward", "float", 32): [Row(Config(32, 32, 4, 2), _IEEE)],
     ("forward", "float", 64): [
-        Row(Config(32, 16, 4, 1), "32 keys or 8 warps spill there", arch=(90, 100, 103)),
+        Row(Config(32, 16, 4, 1), "32 keys or 8 warps spill there", arch=(80, 86, 89, 90, 100, 103)),
         Row(Config(32, 32, 8, 1), _IEEE),
     ],
     ("forward", "float", 128): [Row(Config(32, 16, 8, 1), _IEEE)],
@@ -76,6 +80,7 @@ TABLE: dict[Key, list[Row]] = {
     ("query_gradient", "half", 64): [
         Row(Config(64, 32, 4, 2), _CDNA + " where attn_mask and dropout are given", arch=(GFX942,)),
         Row(Config(64, 32, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
+        Row(Config(64, 32, 4, 2), "64 keys keep 8 bytes on the stack there", arch=(100, 103)),
         Row(Config(64, 64, 4, 2), _SHORT),
     ],
     ("query_gradient", "half", 128): [Row(Config(64, 32, 4, 2), "64 keys spill beside 128 columns of dq")],
@@ -95,6 +100,7 @@ TABLE: dict[Key, list[Row]] = {
     ("key_gradient", "half", 32): [Row(Config(64, 64, 4, 2), _SHORT)],
     ("key_gradient", "half", 64): [
         Row(Config(32, 64, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
+        Row(Config(64, 64, 4, 2), "a third stage spills there", arch=(GFX942,)),
         Row(Config(64, 64, 4, 3), _SHORT + "; 2 stages keep 8 bytes on the stack when packed"),
     ],
     ("key_gradient", "half", 128): [
@@ -108,7 +114,7 @@ TABLE: dict[Key, list[Row]] = {
     ("key_gradient", "float", 16): [Row(Config(16, 32, 4, 1), _IEEE)],
     ("key_gradient", "float", 32): [Row(Config(32, 32, 4, 1), _IEEE)],
     ("key_gradient", "float", 64): [
-        Row(Config(16, 32, 8, 1), "32 rows spill 8 bytes there", arch=(100, 103)),
+        Row(Config(16, 32, 8, 1), "32 rows spill 8 to 20 bytes there", arch=(100, 103, GFX942)),
         Row(Config(32, 32, 8, 1), _IEEE),
     ],
     ("key_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
@@ -118,27 +124,33 @@ TABLE: dict[Key, list[Row]] = {
     ],
     ("attn_mask_gradient", "half", 16): [
         Row(Config(32, 32, 8, 1), _CDNA, arch=(GFX942,)),
+        Row(Config(32, 64, 4, 1), "8 warps keep 48 bytes on the stack there", arch=(100, 103)),
         Row(Config(32, 64, 8, 1), _TWO_STATES),
     ],
-    ("attn_mask_gradient", "half", 32): [Row(Config(32, 64, 8, 1), _TWO_STATES)],
+    ("attn_mask_gradient", "half", 32): [
+        Row(Config(32, 32, 8, 1), "64 keys keep 8 bytes on the stack there", arch=(100, 103)),
+        Row(Config(32, 64, 8, 1), _TWO_STATES),
+    ],
     ("attn_mask_gradient", "half", 64): [
         Row(Config(32, 32, 8, 1), "64 keys keep 32 bytes on the stack there", arch=(100, 103, GFX942)),
         Row(Config(32, 64, 8, 1), _TWO_STATES),
     ],
     ("attn_mask_gradient", "half", 128): [Row(Config(32, 32, 8, 1), _TWO_STATES)],
     ("attn_mask_gradient", "half", 256): [Row(Config(16, 32, 8, 1), _TWO_STATES)],
-    ("attn_mask_gradient", "float", 16): [
-        Row(Config(16, 16, 2, 1), "8 warps keep 16 bytes on the stack there", arch=(100, 103)),
-        Row(Config(32, 16, 8, 1), _IEEE),
+    ("attn_mask_gradient", "float", 16): [Row(Config(32, 16, 8, 1), _IEEE)],
+    ("attn_mask_gradient", "float", 32): [Row(Config(32, 16, 8, 1), _IEEE)],
+    ("attn_mask_gradient", "float", 64): [
+        Row(Config(32, 16, 8, 1), "32 keys keep 16 bytes on the stack there", arch=(90,)),
+        Row(Config(32, 32, 8, 1), _IEEE),
     ],
-    ("attn_mask_gradient", "float", 32): [Row(Config(16, 16, 4, 1), _IEEE)],
-    ("attn_mask_gradient", "float", 64): [Row(Config(32, 32, 8, 1), _IEEE)],
     ("attn_mask_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
     ("attn_mask_gradient", "float", 256): [
         Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
-    ("single_query", "half", 16): [Row(Config(1, 256), _LANES)],
+    ("single_query", "half", 16): [
+        Row(Config(1, 256, 8), "4096 elements of K a tile; 4 warps keep 8 bytes on the stack")
+    ],
     ("single_query", "half", 32): [Row(Config(1, 128), _LANES)],
     ("single_query", "half", 64): [Row(Config(1, 64), _LANES)],
     ("single_query", "half", 128): [Row(Config(1, 32), _LANES)],
