@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from imdb_classifier import checkpoint, inference, predict, reporting, train, training, weights
+from imdb_classifier import checkpoint, guards, inference, predict, reporting, train, weights
 from imdb_classifier.configuration import PRESETS, TextClassifierConfig
 from imdb_classifier.data import TokenizedReviews
 from imdb_classifier.errors import UserError
@@ -57,10 +57,10 @@ def test_the_notebooks_flat_loss_is_reproduced_and_refused() -> None:
     assert sum(flat[-10:]) / 10 > 0.6
 
     with pytest.raises(UserError, match=r"holds 0 of the model's \d+ trainable parameters and \d+ others"):
-        training.check_optimizer(model, optimizer)
+        guards.check_optimizer(model, optimizer)
 
     right = torch.optim.Adam(model.parameters(), lr=1e-3)
-    training.check_optimizer(model, right)
+    guards.check_optimizer(model, right)
     falling = train_as_the_notebook_does(model, right, 60)
     assert falling[-1] < 0.2
 
@@ -82,7 +82,7 @@ def one_more(model: TextClassifier) -> list[torch.nn.Parameter]:
 def test_an_optimizer_with_too_few_or_too_many_parameters_is_refused(choose: Any) -> None:
     model = TextClassifier(TextClassifierConfig(vocab_size=60, max_length=16))
     with pytest.raises(UserError, match="create it from the parameters of the model that is trained"):
-        training.check_optimizer(model, torch.optim.Adam(choose(model)))
+        guards.check_optimizer(model, torch.optim.Adam(choose(model)))
 
 
 def test_the_command_refuses_to_start_with_another_models_optimizer(

@@ -1,7 +1,6 @@
 """imdb-train: train the review classifier, watch it, and keep its best and last checkpoint."""
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from imdb_classifier import cli
 from imdb_classifier.errors import UserError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from imdb_classifier.splits import Reviews
     from imdb_classifier.training import Run
 
@@ -123,14 +124,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    prepare_folder(options)
+    from imdb_classifier import run_folder
+
+    run_folder.check_folder(options.output_dir, options.resume, options.overwrite)
     # Data first: its faults are told before torch and transformers take their seconds to load.
     from imdb_classifier.splits import load_reviews
 
     reviews = load_reviews(options.dataset, options.limit)
+    from imdb_classifier.inference import make_accelerator
+
+    accelerator = make_accelerator(options.precision, options.cpu)
+    if not accelerator.is_main_process:
+        return run_and_report(options, reviews, accelerator)
+    with run_folder.locked(options.output_dir):
+        # Again, since another run may have come and gone before the lock.
+        run_folder.check_folder(options.output_dir, options.resume, options.overwrite)
+        return run_and_report(options, reviews, accelerator)
+
+
+def run_and_report(options: argparse.Namespace, reviews: "Reviews", accelerator: "Accelerator") -> int:
+    from imdb_classifier import run_folder
+    from imdb_classifier.reporting import Reporter
     from imdb_classifier.training import fit
 
-    run = assemble(options, reviews)
+    run = assemble(options, reviews, accelerator)
+    if options.overwrite and accelerator.is_main_process:
+        # Only now, when nothing is left that could refuse the new run.
+        run_folder.clear(options.output_dir)
+    run.reporter = Reporter(options.output_dir, accelerator.is_main_process, run.state.position)
+    introduce(run, reviews)
     try:
         state = fit(run)
     finally:
@@ -144,35 +166,14 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def prepare_folder(options: argparse.Namespace) -> None:
-    """Refuse to mix two runs in one folder, and to resume where there is none."""
-    from imdb_classifier.checkpoint import CHECKPOINTS, positions
-
-    folder: Path = options.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, expected a folder for the run")
-    if options.resume and not positions(folder):
-        raise UserError(f"{folder}: holds no run to resume")
-    if positions(folder) and not (options.resume or options.overwrite):
-        raise UserError(f"{folder}: holds a run already, pass --resume, --overwrite or another --output-dir")
-    if options.overwrite:
-        for name in (CHECKPOINTS, "tensorboard"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("best", "last", "metrics.jsonl", "curves.png", "non_finite.json"):
-            (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def assemble(options: argparse.Namespace, reviews: "Reviews") -> "Run":
-    """Build model, optimizer and data, fresh or from the newest intact checkpoint, and say what will run."""
+def assemble(options: argparse.Namespace, reviews: "Reviews", accelerator: "Accelerator") -> "Run":
+    """Build model, optimizer and data, fresh or from the newest intact checkpoint."""
     import torch
 
-    from imdb_classifier import checkpoint, inference, training, weights
+    from imdb_classifier import checkpoint, guards, inference, training, weights
     from imdb_classifier.data import tokenize
-    from imdb_classifier.reporting import Reporter
     from imdb_classifier.signals import StopRequest
 
-    accelerator = inference.make_accelerator(options.precision, options.cpu)
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
     settings = deciding_settings(options, reviews)
     resumed_from = checkpoint.newest_intact(options.output_dir) if options.resume else None
@@ -189,6 +190,7 @@ def assemble(options: argparse.Namespace, reviews: "Reviews") -> "Run":
         }
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    guards.check_optimizer(prepared_model, prepared_optimizer)
     # From here each process draws its own dropout.
     torch.manual_seed(options.seed + accelerator.process_index)
     run = training.Run(
@@ -205,8 +207,6 @@ def assemble(options: argparse.Namespace, reviews: "Reviews") -> "Run":
     )
     if resumed_from is not None:
         training.restore(run, resumed_from)
-    run.reporter = Reporter(options.output_dir, accelerator.is_main_process, run.state.position)
-    introduce(run, reviews)
     return run
 
 

@@ -20,7 +20,7 @@ from imdb_classifier import checkpoint, weights
 from imdb_classifier.checkpoint import Position
 from imdb_classifier.data import ReviewBatches, TokenizedReviews, make_loader
 from imdb_classifier.errors import NonFiniteError, Stopped, UserError
-from imdb_classifier.guards import check_finite, check_optimizer, non_finite_weights
+from imdb_classifier.guards import check_finite, non_finite_weights
 from imdb_classifier.inference import Evaluation, evaluate
 from imdb_classifier.modeling import TextClassifier
 from imdb_classifier.reporting import Reporter
@@ -88,11 +88,9 @@ def fit(run: Run) -> RunState:
     """Train to the last epoch; after each, evaluate, let validation choose the best, and save.
 
     Raises:
-        UserError: the optimizer is not the model's.
         NonFiniteError: a loss, gradient or weight is NaN or infinite; the last checkpoint stands as it was.
         Stopped: a signal came; the state is saved.
     """
-    check_optimizer(run.model, run.optimizer)
     with run.stop:
         while run.state.position.epoch < run.options.epochs:
             train_epoch(run)
