@@ -1,23 +1,19 @@
 """Checkpoints are whole or not there, notice any change, and run nothing when loaded."""
 
-import json
 import os
 import random
-import re
 import shutil
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from imdb_classifier import checkpoint, train, weights
+from imdb_classifier import checkpoint, evaluate, predict, train, weights
 from imdb_classifier.checkpoint import MANIFEST, MODEL_FILE, Position
 from imdb_classifier.errors import UserError
 from tiny_reviews import train_arguments, write_reviews
-from tiny_runs import contents
+from tiny_runs import contents, log_without_clock
 
 MUTATIONS = 300
 
@@ -76,17 +72,6 @@ def take_a_neighbours_content(path: Path, draw: random.Random) -> None:
     path.write_bytes(draw.choice(sorted(others)).read_bytes())
 
 
-def add_a_file(path: Path, draw: random.Random) -> None:
-    names = [
-        "pytorch_model.bin",
-        "adapter_config.json",
-        "modeling.py",
-        "model.safetensors.index.json",
-        ".hidden",
-    ]
-    (path.parent / draw.choice(names)).write_bytes(b"{}")
-
-
 HARM = (
     flip_one_bit,
     truncate,
@@ -95,7 +80,6 @@ HARM = (
     swap_two_bytes,
     delete,
     take_a_neighbours_content,
-    add_a_file,
 )
 
 
@@ -128,6 +112,13 @@ def test_a_manifest_of_an_older_checkpoint_is_detected(run_folder: Path, folder:
         checkpoint.verify(folder)
 
 
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/b", "..", ""])
+def test_a_manifest_whose_names_lead_out_of_its_folder_is_refused(name: str, folder: Path) -> None:
+    (folder / MANIFEST).write_bytes(checkpoint._manifest_bytes({name: "0"}))
+    with pytest.raises(UserError, match="is not as it was written"):
+        weights.load_classifier(folder, check=False)
+
+
 def test_resuming_falls_back_to_the_checkpoint_before_a_damaged_one_and_says_so(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +141,56 @@ def test_a_run_without_an_intact_checkpoint_is_refused(run_folder: Path, tmp_pat
         checkpoint.newest_intact(copy)
 
 
+# what users and their programs put beside a checkpoint, all of it something that a loader could take for its own
+ADDED: dict[str, bytes] = {
+    "README.md": b"mine",
+    ".DS_Store": b"\0",
+    "model.onnx": b"\0",
+    "pytorch_model.bin": b"cos\nsystem\n(S'touch ran'\ntR.",
+    "adapter_config.json": b"{}",
+    "model.safetensors.index.json": b"{}",
+    "generation_config.json": b"[]",
+    "special_tokens_map.json": b'{"cls_token": "[MASK]"}',
+    "added_tokens.json": b'{"film": 7}',
+    "chat_template.jinja": b"{{ 1 }}",
+    "vocab.txt": b"[PAD]\n[CLS]\n",
+    "modeling.py": b"raise SystemExit",
+}
+
+
+def add_files(folder: Path) -> None:
+    for name, content in ADDED.items():
+        (folder / name).write_bytes(content)
+
+
+def test_files_added_to_a_checkpoint_are_not_looked_at(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = weights.load_classifier(folder)
+    add_files(folder)
+    same_model, same_tokenizer = weights.load_classifier(folder)
+    for name, saved in (("before", (model, tokenizer)), ("after", (same_model, same_tokenizer))):
+        (tmp_path / name).mkdir()
+        weights.save_classifier(tmp_path / name, *saved)
+    assert contents(tmp_path / "before") == contents(tmp_path / "after")
+
+
+def test_files_added_to_a_checkpoint_outlive_the_run_that_goes_on(run_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run_folder, tmp_path / "run", symlinks=True))
+    for position in checkpoint.positions(copy):
+        add_files(copy / checkpoint.CHECKPOINTS / position.folder_name)
+    kept = checkpoint.positions(copy)
+    more = ("--save-every", "3", "--epochs", "3", "--resume")
+    assert train.main(train_arguments(run_folder.parent / "reviews", copy, *more)) == 0
+    for position in kept:
+        found = contents(copy / checkpoint.CHECKPOINTS / position.folder_name)
+        assert ADDED.items() <= found.items()
+    assert evaluate.main(["--checkpoint", str(copy)]) == 0
+    assert predict.main(["--checkpoint", str(copy), "a good film"]) == 0
+    # The run went on from its newest checkpoint, not from the one before it.
+    undisturbed = Path(shutil.copytree(run_folder, tmp_path / "undisturbed", symlinks=True))
+    assert train.main(train_arguments(run_folder.parent / "reviews", undisturbed, *more)) == 0
+    assert log_without_clock(copy) == log_without_clock(undisturbed)
+
+
 def save_once(run: Path, position: Position) -> None:
     """What training does at each save, with files that take no time to write."""
 
@@ -158,9 +199,7 @@ def save_once(run: Path, position: Position) -> None:
             (building / name).write_bytes(f"{name} at {position}".encode())
 
     checkpoint.write_folder(run / checkpoint.CHECKPOINTS / position.folder_name, fill)
-    checkpoint.point_to(run, "last", position)
-    checkpoint.point_to(run, "best", position)
-    checkpoint.prune(run, position)
+    checkpoint.settle(run, position, position)
 
 
 def in_a_child_killed_at_call(number: int, work: Callable[[], None]) -> bool:
@@ -212,123 +251,3 @@ def test_only_the_last_two_checkpoints_and_the_best_are_kept(run_folder: Path) -
     kept = [position.folder_name for position in checkpoint.positions(run_folder)]
     assert set(kept) <= {*kept[-2:], best}
     assert (run_folder / "last").resolve().name == kept[-1]
-
-
-def without_manifest(folder: Path) -> Path:
-    """As a stranger's model would come: nothing to verify it against."""
-    (folder / MANIFEST).unlink()
-    return folder
-
-
-def change_config(**fields: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | fields))
-
-    return change
-
-
-def put(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
-
-
-def put_header(header: object, length: int | None = None) -> Callable[[Path], None]:
-    encoded = json.dumps(header).encode()
-    return put(MODEL_FILE, struct.pack("<Q", len(encoded) if length is None else length) + encoded)
-
-
-def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    def rewrite(folder: Path) -> None:
-        tensors = weights.load_tensors(folder / MODEL_FILE)
-        change(tensors)
-        weights.save_tensors(folder / MODEL_FILE, tensors)
-
-    return rewrite
-
-
-def put_evil_tokenizer_code(folder: Path) -> None:
-    evil = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\nclass Evil: pass\n"
-    (folder / "evil.py").write_text(evil)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def replace_weights_by_pickle(folder: Path) -> None:
-    (folder / MODEL_FILE).unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-
-
-HOSTILE: dict[str, Callable[[Path], None]] = {
-    "pickle in place of weights": replace_weights_by_pickle,
-    "pickle named safetensors": put(MODEL_FILE, b"cos\nsystem\n(S'touch ran'\ntR."),
-    "empty weights": put(MODEL_FILE, b""),
-    "header length of 2^62": put_header({}, 2**62),
-    "header without tensors": put_header({}),
-    "tensor larger than the file": put_header(
-        {"embedding.weight": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}
-    ),
-    "tensor removed": change_tensors(lambda tensors: tensors.pop("classification.weight")),
-    "tensor added": change_tensors(lambda tensors: tensors.update(extra=torch.zeros(1))),
-    "integer weights": change_tensors(
-        lambda tensors: tensors.update({"classification.bias": torch.zeros(1, dtype=torch.int64)})
-    ),
-    "weights with NaN": change_tensors(lambda tensors: tensors["classification.bias"].fill_(float("nan"))),
-    "config of another model": change_config(model_type="bert"),
-    "config with auto_map code": change_config(model_type="evil", auto_map={"AutoConfig": "evil.Evil"}),
-    "a billion layers": change_config(n_layers=10**9),
-    "a vocabulary of 10^15": change_config(vocab_size=10**15),
-    "positions of 10^18": change_config(max_length=10**18),
-    "width in words": change_config(d_model="wide"),
-    "negative width": change_config(d_model=-32),
-    "config is no JSON": put("config.json", b"\x80\x04"),
-    "config nested too deeply": put("config.json", b"[" * 200_000),
-    "config is a list": put("config.json", b"[]"),
-    "tokenizer with code": put_evil_tokenizer_code,
-    "tokenizer is no JSON": put("tokenizer.json", b"\x80\x04"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_checkpoint_is_refused_in_one_line_and_runs_nothing(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    HOSTILE[name](without_manifest(folder))
-    monkeypatch.chdir(folder)
-    with pytest.raises(UserError) as refusal:
-        weights.load_classifier(folder)
-    assert len(str(refusal.value).splitlines()) == 1
-    assert not (folder / "ran").exists()
-
-
-def test_a_folder_without_a_manifest_loads_with_a_warning(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    weights.load_classifier(without_manifest(folder))
-    assert "cannot be verified" in capsys.readouterr().err
-
-
-def test_a_checkpoint_is_what_from_pretrained_and_the_pipeline_read(run_folder: Path) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-
-    ours, _ = weights.load_classifier(run_folder / "best")
-    model = AutoModelForSequenceClassification.from_pretrained(run_folder / "best")
-    tokenizer = AutoTokenizer.from_pretrained(run_folder / "best")
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name])
-    classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
-    assert classify("a great film", truncation=True)[0]["label"] in ("NEGATIVE", "POSITIVE")
-
-
-def test_no_load_path_knows_pickle() -> None:
-    sources = Path(checkpoint.__file__).parent.glob("*.py")
-    pattern = re.compile(
-        r"\b(pickle|dill|joblib|allow_pickle)\b|(?<!safetensors\.)torch\.(load|save)\(|(?<![.\w])(eval|exec)\("
-    )
-    found = [
-        f"{path.name}: {line}"
-        for path in sources
-        for line in path.read_text().splitlines()
-        if pattern.search(line)
-    ]
-    assert found == []

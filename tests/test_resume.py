@@ -1,5 +1,6 @@
 """A run is exact however it is stopped: after any step, in an evaluation, by a kill at any moment."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -98,6 +99,76 @@ def test_resuming_a_finished_run_changes_nothing_and_more_epochs_go_on(
     assert train.main(train_arguments(dataset, run, "--resume", "--epochs", "3")) == 0
     assert train.main(train_arguments(dataset, tmp_path / "three", "--epochs", "3")) == 0
     assert_same_run(run, tmp_path / "three")
+
+
+@pytest.fixture
+def ranked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Arrange the validation accuracy of each epoch, so that a test knows which one is the best."""
+    original = training.evaluate_split
+
+    def arrange(*accuracies: float) -> None:
+        def evaluate_split(run: training.Run, name: str) -> inference.Evaluation:
+            result = original(run, name)
+            return dataclasses.replace(result, accuracy=accuracies[run.state.position.epoch])
+
+        monkeypatch.setattr(training, "evaluate_split", evaluate_split)
+
+    return arrange
+
+
+def test_a_run_killed_between_its_last_save_and_the_links_is_settled_when_resumed(
+    dataset: Path, tmp_path: Path, ranked: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked(0.1, 0.2, 0.3)
+    three = ("--epochs", "3")
+    assert train.main(train_arguments(dataset, tmp_path / "undisturbed", *three)) == 0
+    run, original = tmp_path / "run", checkpoint.settle
+
+    def killed_at_the_end(folder: Path, last: checkpoint.Position, best: checkpoint.Position) -> None:
+        if last.epoch == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(folder, last, best)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "settle", killed_at_the_end)
+        in_a_child(lambda: train.main(train_arguments(dataset, run, *three)))
+    assert [(run / link).resolve().name[:10] for link in ("last", "best")] == ["epoch-0002"] * 2
+    assert train.main(train_arguments(dataset, run, *three, "--resume")) == 0
+    assert_same_run(run, tmp_path / "undisturbed")
+    assert checkpoint.positions(run) == checkpoint.positions(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("harm", ["damaged", "deleted"])
+def test_a_best_checkpoint_that_is_lost_makes_way_for_the_best_that_is_left(
+    harm: str, dataset: Path, tmp_path: Path, ranked: Callable[..., None], capsys: pytest.CaptureFixture
+) -> None:
+    ranked(0.9, 0.2, 0.3, 0.1)
+    run = tmp_path / "run"
+    assert train.main(train_arguments(dataset, run, "--epochs", "3")) == 0
+    first = (run / "best").resolve()
+    assert first.name == checkpoint.Position(1).folder_name
+    if harm == "deleted":
+        shutil.rmtree(first)
+    else:
+        (first / checkpoint.MODEL_FILE).write_bytes(b"")
+    capsys.readouterr()
+    assert train.main(train_arguments(dataset, run, "--epochs", "4", "--resume")) == 0
+    captured = capsys.readouterr()
+    assert "the best checkpoint, of epoch 1, is missing or damaged; now it is epoch 3" in captured.err
+    assert "chosen on validation: epoch 3" in captured.out
+    assert (run / "best").resolve().name == checkpoint.Position(3).folder_name
+
+
+def test_a_best_checkpoint_without_a_successor_leaves_no_dangling_link(
+    dataset: Path, tmp_path: Path, ranked: Callable[..., None], after_step: Any
+) -> None:
+    ranked(0.9, 0.2)
+    run = tmp_path / "run"
+    after_step(STEPS_AN_EPOCH + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.main(train_arguments(dataset, run)) == 143
+    shutil.rmtree((run / "best").resolve())
+    assert train.main(train_arguments(dataset, run, "--epochs", "1", "--resume")) == 0
+    assert not (run / "best").is_symlink()
 
 
 def in_a_child(work: Callable[[], int]) -> int:

@@ -27,6 +27,7 @@ RNG_FILE = "rng.safetensors"
 STATE_FILE = "training_state.json"
 FORMAT = 1
 KEPT_BEHIND_LAST = 1
+_FILE_NAME = re.compile(r"\w[\w.-]*")
 _NAME = re.compile(r"epoch-(\d{4,})-batch-(\d{6,})")
 
 
@@ -97,31 +98,54 @@ def _manifest_bytes(files: Mapping[str, str]) -> bytes:
     return (json.dumps({**body, "sha256": seal}, sort_keys=True, indent=1) + "\n").encode()
 
 
-def verify(folder: Path) -> None:
-    """Check every byte of a checkpoint against its manifest.
+def read_manifest(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint, by its name.
 
     Raises:
-        UserError: a file is missing, changed or not listed, or the manifest itself is not as written.
+        UserError: there is no manifest, or it is not as it was written.
     """
     try:
         written = (folder / MANIFEST).read_bytes()
         files = json.loads(written)["files"]
         if not isinstance(files, dict) or _manifest_bytes(files) != written:
             raise ValueError
+        if not all(_FILE_NAME.fullmatch(name) for name in files):
+            raise ValueError("a name that leads out of the folder")
     except FileNotFoundError:
         raise UserError(f"{folder}: has no {MANIFEST}, expected a complete checkpoint") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder / MANIFEST}: is not as it was written, the checkpoint is damaged") from None
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
-    for name in sorted(set(files) | present):
-        if name not in files:
-            raise UserError(
-                f"{folder / name}: is not part of this checkpoint, expected only what {MANIFEST} lists"
-            )
-        if name not in present or not (folder / name).is_file():
+    return files
+
+
+def verify(folder: Path) -> None:
+    """Check every byte of a checkpoint against its manifest; other files beside it are not looked at.
+
+    Raises:
+        UserError: a file is missing or changed, or the manifest itself is not as written.
+    """
+    for name, expected in sorted(read_manifest(folder).items()):
+        if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is missing, the checkpoint is damaged")
-        if _digest(folder / name) != files[name]:
+        if _digest(folder / name) != expected:
             raise UserError(f"{folder / name}: SHA-256 differs from {MANIFEST}, the checkpoint is damaged")
+
+
+def is_intact(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _holds_other_files(folder: Path) -> bool:
+    """Whether somebody has put files of their own into an otherwise readable checkpoint."""
+    try:
+        own = read_manifest(folder).keys() | {MANIFEST}
+    except UserError:
+        return False
+    return any(path.name not in own for path in folder.iterdir())
 
 
 def positions(run_folder: Path) -> list[Position]:
@@ -158,22 +182,32 @@ def resolve(path: Path) -> Path:
     return path.resolve()
 
 
-def point_to(run_folder: Path, link: str, position: Position) -> None:
-    """Make `run_folder/link` lead to a checkpoint, in one step."""
+def settle(run_folder: Path, last: Position, best: Position | None) -> None:
+    """What follows a save: lead the links to its checkpoint and the best one, and delete what is not needed.
+
+    Kept are the newest checkpoint, the one before it, the best, and any that holds files of somebody else. What
+    crashes left half written or half deleted goes. Interrupted, it can be done again.
+    """
+    _point_to(run_folder, "last", last)
+    _point_to(run_folder, "best", best)
+    for position in positions(run_folder)[: -1 - KEPT_BEHIND_LAST]:
+        folder = run_folder / CHECKPOINTS / position.folder_name
+        if position != best and not _holds_other_files(folder):
+            _remove(folder)
+    for pattern in (".building-*", ".deleting-*"):
+        for leftover in (run_folder / CHECKPOINTS).glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _point_to(run_folder: Path, link: str, position: Position | None) -> None:
+    """Make `run_folder/link` lead to a checkpoint, in one step, or to none."""
+    if position is None:
+        (run_folder / link).unlink(missing_ok=True)
+        return
     temporary = run_folder / f".{link}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(Path(CHECKPOINTS) / position.folder_name)
     os.replace(temporary, run_folder / link)
-
-
-def prune(run_folder: Path, best: Position | None) -> None:
-    """Delete all but the newest checkpoint, the one before it, and the best, and what crashes left behind."""
-    for position in positions(run_folder)[: -1 - KEPT_BEHIND_LAST]:
-        if position != best:
-            _remove(run_folder / CHECKPOINTS / position.folder_name)
-    for pattern in (".building-*", ".deleting-*"):
-        for leftover in (run_folder / CHECKPOINTS).glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def drop_after(run_folder: Path, position: Position) -> None:

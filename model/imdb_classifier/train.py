@@ -157,12 +157,13 @@ def run_and_report(options: argparse.Namespace, reviews: "Reviews", accelerator:
         state = fit(run)
     finally:
         run.reporter.close()
-    best = max(state.history, key=lambda record: record["validation_accuracy"])
-    run.reporter.say(
-        f"chosen on validation: epoch {best['number']}, validation accuracy {best['validation_accuracy']:.4f}, "
-        f"test accuracy {best['test_accuracy']:.4f}"
-    )
-    run.reporter.say(f"attention that ran: {run.attention}\nbest checkpoint: {options.output_dir / 'best'}")
+    run.reporter.say(f"attention that ran: {run.attention}")
+    if (best := state.best_record) is not None:
+        run.reporter.say(
+            f"chosen on validation: epoch {best['number']}, validation accuracy "
+            f"{best['validation_accuracy']:.4f}, test accuracy {best['test_accuracy']:.4f}"
+        )
+        run.reporter.say(f"best checkpoint: {options.output_dir / 'best'}")
     return 0
 
 

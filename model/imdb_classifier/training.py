@@ -6,7 +6,6 @@ checkpoint holds the weights, the optimizer, the generators, the position and th
 """
 
 import dataclasses
-import math
 import time
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from imdb_classifier import checkpoint, weights
 from imdb_classifier.checkpoint import Position
+from imdb_classifier.cli import warn
 from imdb_classifier.data import ReviewBatches, TokenizedReviews, make_loader
 from imdb_classifier.errors import NonFiniteError, Stopped, UserError
 from imdb_classifier.guards import check_finite, non_finite_weights
@@ -44,6 +44,11 @@ class RunState:
     seen: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Position | None = None
+
+    @property
+    def best_record(self) -> dict[str, Any] | None:
+        """The history's entry for the checkpoint that `best` names."""
+        return None if self.best is None else self.history[self.best.epoch - 1]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -163,10 +168,10 @@ def finish_epoch(run: Run) -> None:
         "validation_accuracy": validation.accuracy,
         "test_accuracy": test.accuracy,
     }
-    best_so_far = max((past["validation_accuracy"] for past in state.history), default=-math.inf)
+    best = state.best_record
     state.history.append(record)
     state.position = Position(epoch + 1)
-    if validation.accuracy > best_so_far:
+    if best is None or validation.accuracy > best["validation_accuracy"]:
         state.best = state.position
     state.loss_sum, state.correct, state.seen = 0.0, 0, 0
     ended = time.monotonic()
@@ -227,10 +232,7 @@ def save(run: Run) -> None:
     if run.accelerator.is_main_process:
         folder = run.folder / checkpoint.CHECKPOINTS / run.state.position.folder_name
         checkpoint.write_folder(folder, lambda building: _fill(run, building, states))
-        checkpoint.point_to(run.folder, "last", run.state.position)
-        if run.state.best is not None:
-            checkpoint.point_to(run.folder, "best", run.state.best)
-        checkpoint.prune(run.folder, run.state.best)
+        checkpoint.settle(run.folder, run.state.position, run.state.best)
     run.accelerator.wait_for_everyone()
     run.saved_at = run.state.position
 
@@ -262,6 +264,23 @@ def restore(run: Run, folder: Path) -> None:
         run.accelerator.scaler.load_state_dict(scaler_state)
     weights.load_rng(folder / checkpoint.RNG_FILE, run.accelerator.process_index)
     run.saved_at = run.state.position
+    choose_best_again(run)
     if run.accelerator.is_main_process:
         # What stands after it is damaged, or it would have been chosen.
         checkpoint.drop_after(run.folder, run.state.position)
+        # The run may have been killed between its save and this.
+        checkpoint.settle(run.folder, run.state.position, run.state.best)
+
+
+def choose_best_again(run: Run) -> None:
+    """Among the epochs whose checkpoints are intact: the best one may be damaged, or deleted before a step back."""
+    lost = run.state.best
+    run.state.best = None
+    for record in sorted(run.state.history, key=lambda record: -record["validation_accuracy"]):
+        position = Position(record["number"])
+        if checkpoint.is_intact(run.folder / checkpoint.CHECKPOINTS / position.folder_name):
+            run.state.best = position
+            break
+    if lost is not None and run.state.best != lost and run.accelerator.is_main_process:
+        now = "none is left" if run.state.best is None else f"now it is epoch {run.state.best.epoch}"
+        warn(f"the best checkpoint, of epoch {lost.epoch}, is missing or damaged; {now}")

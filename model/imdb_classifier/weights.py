@@ -1,5 +1,9 @@
 """Tensors of a checkpoint, in safetensors only: the classifier, the optimizer's state, the random generators."""
 
+import inspect
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -8,9 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers.utils import logging
 
-from imdb_classifier.checkpoint import MANIFEST, MODEL_FILE, read_json, verify
+from imdb_classifier.checkpoint import MANIFEST, MODEL_FILE, read_json, read_manifest, verify
 from imdb_classifier.cli import warn
 from imdb_classifier.configuration import TextClassifierConfig
 from imdb_classifier.errors import UserError
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MAX_LAYERS = 1_000
+CONFIG_FIELDS = {*inspect.get_annotations(TextClassifierConfig), "id2label", "label2id"} - {"attribute_map"}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -51,10 +55,11 @@ def save_classifier(folder: Path, model: TextClassifier, tokenizer: "PreTrainedT
 def load_classifier(
     folder: Path, attention: str = "sdpa", *, check: bool = True
 ) -> tuple[TextClassifier, "PreTrainedTokenizerFast"]:
-    """The classifier and its tokenizer; any `attention` runs any checkpoint.
+    """The classifier, in fp32 and eval mode, and its tokenizer; any `attention` runs any checkpoint.
 
-    A folder with a manifest is verified first (`check`); one without, saved by `save_pretrained`, gets a warning.
-    Names, shapes and dtypes are compared with the configuration before any weight is allocated.
+    A folder with a manifest is verified first (`check`), and only the files it lists are read; one without, saved
+    by `save_pretrained`, gets a warning. Names, shapes and dtypes are compared with the configuration before any
+    weight is allocated.
 
     Raises:
         UserError: something is missing, damaged, or does not fit together.
@@ -62,23 +67,36 @@ def load_classifier(
     if (folder / MANIFEST).exists():
         if check:
             verify(folder)
-    else:
-        warn(f"{folder}: has no {MANIFEST}, its bytes cannot be verified")
+        with _view(folder, read_manifest(folder)) as view:
+            return _load(folder, view, attention)
+    warn(f"{folder}: has no {MANIFEST}, its bytes cannot be verified")
+    return _load(folder, folder, attention)
+
+
+@contextmanager
+def _view(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A folder of links to `names` alone, since transformers reads what it finds beside a tokenizer."""
+    with tempfile.TemporaryDirectory() as view:
+        for name in names:
+            (Path(view) / name).symlink_to(folder.resolve() / name)
+        yield Path(view)
+
+
+def _load(folder: Path, view: Path, attention: str) -> tuple[TextClassifier, "PreTrainedTokenizerFast"]:
     config = _load_config(folder)
     _check_header(folder / MODEL_FILE, config)
-    tokenizer = load_tokenizer(str(folder), config.max_length)
+    tokenizer = load_tokenizer(str(view), config.max_length)
     check_tokenizer(tokenizer, str(folder), config.vocab_size)
-    logging.disable_progress_bar()
-    model = TextClassifier.from_pretrained(
-        folder, config=config, attn_implementation=attention, use_safetensors=True, local_files_only=True
-    )
+    model = TextClassifier._from_config(config, attn_implementation=attention)
+    model.load_state_dict(load_tensors(folder / MODEL_FILE))
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(f"{folder / MODEL_FILE}: {name} holds NaN or infinity, expected finite weights")
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def _load_config(folder: Path) -> TextClassifierConfig:
+    """What the model is, from the file; dtype and attention are not the file's to choose."""
     content = read_json(folder / "config.json")
     if content.get("model_type") != TextClassifierConfig.model_type:
         raise UserError(
@@ -86,7 +104,8 @@ def _load_config(folder: Path) -> TextClassifierConfig:
             f"expected {TextClassifierConfig.model_type!r}"
         )
     try:
-        config = TextClassifierConfig.from_dict(content)
+        own = {name: value for name, value in content.items() if name in CONFIG_FIELDS}
+        config = TextClassifierConfig.from_dict({**own, "dtype": "float32"})
         if config.n_layers > MAX_LAYERS:
             raise ValueError(f"n_layers is {config.n_layers}, expected at most {MAX_LAYERS}")
     except Exception as error:  # noqa: BLE001  transformers raises types of its own for a wrong field
