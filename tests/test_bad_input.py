@@ -214,6 +214,22 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(
     assert list((tmp_path / "run" / checkpoint.CHECKPOINTS).iterdir()) == []
 
 
+def test_a_disk_that_fills_up_while_the_tokenizer_is_saved_is_one_line_too(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    def no_space(self: PreTrainedTokenizerFast, folder: Path) -> None:
+        # A bare Exception, as tokenizers raises it.
+        raise Exception("No space left on device (os error 28)")  # noqa: TRY002
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", no_space)
+    assert train.main(train_arguments(dataset, tmp_path / "run")) == 2
+    message = spoken_error(capsys)
+    assert message.endswith("tokenizer.json: No space left on device; free some space and resume")
+    assert list((tmp_path / "run" / checkpoint.CHECKPOINTS).iterdir()) == []
+
+
 def test_a_run_is_not_mixed_with_another_in_the_same_folder(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,8 @@
 """No optimizer step on a number that is not finite: the run stops, says where, and what was saved is good."""
 
 import json
+import re
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from imdb_classifier import checkpoint, guards, train, training
+from imdb_classifier import checkpoint, evaluate, guards, predict, train, training, weights
 from imdb_classifier.modeling import TextClassifier
-from tiny_reviews import train_arguments
+from tiny_reviews import train_arguments, write_reviews
 from tiny_runs import STEPS_AN_EPOCH, assert_same_run
 
 
@@ -86,6 +88,65 @@ def test_a_nan_stops_the_run_before_the_optimizer_step(
     # What stands is good: without the poison the run ends as if nothing had happened.
     assert train.main([*arguments, *(["--resume"] if saved else [])]) == 0
     assert_same_run(run, finished_run)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("train_accuracy", ["running", "pass"])
+def test_a_nan_in_an_evaluation_stops_the_run_and_no_file_holds_it(
+    value: float,
+    train_accuracy: str,
+    dataset: Path,
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, forward = tmp_path / "run", TextClassifier.forward
+    arguments = train_arguments(dataset, run, "--train-accuracy", train_accuracy)
+
+    def poisoned(model: TextClassifier, **inputs: Any) -> Any:
+        output = forward(model, **inputs)
+        if not model.training and checkpoint.positions(run):
+            output.logits = output.logits.index_fill(0, torch.tensor([0]), value)
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextClassifier, "forward", poisoned)
+        assert train.main(arguments) == 3
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "evaluation on validation after epoch 2: " in message
+    assert "reviews get a logit that is NaN or infinite" in message
+    assert checkpoint.positions(run) == [checkpoint.Position(1)]
+    assert not re.search("NaN|Infinity", (run / "metrics.jsonl").read_text())
+    if train_accuracy == "running":
+        assert train.main([*arguments, "--resume"]) == 0
+        assert_same_run(run, finished_run)
+
+
+def test_a_learning_rate_that_blows_the_model_up_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_reviews(tmp_path / "reviews", train=8, held_out=4)
+    arguments = train_arguments(folder, tmp_path / "run", "--learning-rate", "1e30")
+    assert train.main(arguments) == 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert checkpoint.positions(tmp_path / "run") == []
+
+
+def test_commands_that_only_read_do_not_print_nan(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(finished_run / "last", tmp_path / "checkpoint"))
+    (folder / checkpoint.MANIFEST).unlink()
+    tensors = weights.load_tensors(folder / checkpoint.MODEL_FILE)
+    tensors["classification.weight"].fill_(3e38)
+    weights.save_tensors(folder / checkpoint.MODEL_FILE, tensors)
+    dataset = str(finished_run.parent / "reviews")
+    assert evaluate.main(["--cpu", "--checkpoint", str(folder), "--dataset", dataset, "--json"]) == 3
+    assert predict.main(["--cpu", "--checkpoint", str(folder), "--json", "a good film"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("get a logit that is NaN or infinite") == 2
 
 
 def test_weights_that_became_infinite_are_not_saved(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imdb_classifier.data import ReviewBatches, TokenizedReviews, make_loader
-from imdb_classifier.errors import UserError
+from imdb_classifier.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,6 +67,9 @@ def evaluate(
     Args:
         model: as `accelerator.prepare` returned it.
         after_batch: called after each batch; what it raises ends the evaluation.
+
+    Raises:
+        NonFiniteError: a logit is NaN or infinite, so that there is no loss and no label.
     """
     batches = ReviewBatches(data.lengths, batch_size, shuffle=False)
     loader = accelerator.prepare_data_loader(make_loader(data, batches, pad_token_id, workers))
@@ -84,9 +87,16 @@ def evaluate(
             after_batch()
     finally:
         model.train(was_training)
-    labels = data.labels.float()
+    broken = (~z.isfinite()).nonzero().flatten().tolist()
+    if broken:
+        raise NonFiniteError(
+            f"{len(broken):,} of {len(z):,} reviews get a logit that is NaN or infinite, "
+            f"the first of them review {broken[0] + 1}"
+        )
+    labels = data.labels.double()
     return Evaluation(
         z,
-        nn.functional.binary_cross_entropy_with_logits(z, labels).item(),
+        # In fp64, where the mean of finite losses is finite.
+        nn.functional.binary_cross_entropy_with_logits(z.double(), labels).item(),
         ((z > 0) == (labels > 0)).double().mean().item(),
     )

@@ -93,7 +93,7 @@ def fit(run: Run) -> RunState:
     """Train to the last epoch; after each, evaluate, let validation choose the best, and save.
 
     Raises:
-        NonFiniteError: a loss, gradient or weight is NaN or infinite; the last checkpoint stands as it was.
+        NonFiniteError: a loss, gradient, weight or evaluation is NaN or infinite; the last checkpoint stands as it was.
         Stopped: a signal came; the state is saved.
     """
     with run.stop:
@@ -147,11 +147,11 @@ def train_epoch(run: Run) -> None:
 def totals(run: Run, loss: Tensor, logits: Tensor, labels: Tensor) -> tuple[float, int, int]:
     """(mean loss, correct, reviews) of a batch over all processes."""
     correct = (logits.argmax(dim=-1) == labels).sum()
+    if run.accelerator.num_processes == 1:
+        return loss.item(), int(correct), len(labels)
     seen = torch.full_like(correct, len(labels))
-    mean = loss.detach() * seen
-    if run.accelerator.num_processes > 1:
-        mean, correct, seen = run.accelerator.reduce((mean, correct, seen), reduction="sum")
-    return mean.item() / int(seen), int(correct), int(seen)
+    loss_sum, correct, seen = run.accelerator.reduce((loss.detach() * seen, correct, seen), reduction="sum")
+    return loss_sum.item() / int(seen), int(correct), int(seen)
 
 
 def finish_epoch(run: Run) -> None:
@@ -190,15 +190,20 @@ def finish_epoch(run: Run) -> None:
 
 
 def evaluate_split(run: Run, name: str) -> Evaluation:
-    return evaluate(
-        run.model,
-        run.data[name],
-        run.accelerator,
-        batch_size=run.options.batch_size,
-        pad_token_id=run.bare_model.config.pad_token_id,
-        workers=run.options.workers,
-        after_batch=lambda: stop_if_asked(run),
-    )
+    try:
+        return evaluate(
+            run.model,
+            run.data[name],
+            run.accelerator,
+            batch_size=run.options.batch_size,
+            pad_token_id=run.bare_model.config.pad_token_id,
+            workers=run.options.workers,
+            after_batch=lambda: stop_if_asked(run),
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"evaluation on {name} after epoch {run.state.position.epoch + 1}: {error}; checkpoints are untouched"
+        ) from None
 
 
 def stop_if_asked(run: Run) -> None:

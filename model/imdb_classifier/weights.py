@@ -1,6 +1,8 @@
 """Tensors of a checkpoint, in safetensors only: the classifier, the optimizer's state, the random generators."""
 
 import inspect
+import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -49,7 +51,14 @@ def save_classifier(folder: Path, model: TextClassifier, tokenizer: "PreTrainedT
     # Calls leave their truncation behind; saved, it would depend on what was tokenized before.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # tokenizers raises a bare Exception where Python would raise an OSError.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error) is not Exception or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / "tokenizer.json")) from error
 
 
 def load_classifier(
