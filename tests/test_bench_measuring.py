@@ -1,5 +1,6 @@
 """What the benchmark suite times: real lengths, only peers with the right answer, all of them in turn."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -12,7 +13,8 @@ from padfree_bench import cli
 from padfree_bench.attention import admit, run_case, work
 from padfree_bench.cases import HEADS, Case, choose_cases, gpu_groups, parse_case
 from padfree_bench.ceilings import Ceilings
-from padfree_bench.inputs import compute_truth, make_inputs
+from padfree_bench.check import compute_truth
+from padfree_bench.inputs import make_inputs
 from padfree_bench.lengths import imdb_histogram, imdb_lengths, make_lengths
 from padfree_bench.peers import PEERS, Peer, choose_peers
 from padfree_bench.peers.base import Prepared, Refused, padded
@@ -116,6 +118,27 @@ class TestPeers:
         assert rows["wrong"].status == NOT_RUN and rows["wrong"].ms_p50 is None
         assert rows["wrong"].reason.startswith("wrong answer, not timed: relative error out")
         assert rows["sdpa"].ms_p50 is not None
+
+    @pytest.mark.parametrize(("dtype", "seq"), [("bf16", 16384), ("fp16", 2048), ("bf16", 50)])
+    def test_one_key_too_many_or_too_few_shows_below_fp32_too(self, dtype: str, seq: int) -> None:
+        def prepare(inputs, training: bool, shift: int) -> Prepared:  # type: ignore[no-untyped-def]
+            mask = torch.arange(seq) < (inputs.lengths + shift)[:, None]
+            return padded(
+                inputs,
+                training,
+                lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, mask[:, None, None]
+                ),
+                "",
+            )
+
+        inputs = make_inputs(Case(1, 1, 8, seq, dtype, "pad50"), CPU)
+        truth = compute_truth(inputs)
+        for shift in (-1, 0, 1, 3):
+            contender = admit(
+                Peer("p", functools.partial(prepare, shift=shift), ""), inputs, truth, shift == 0
+            )
+            assert (contender.status == OK) == (shift == 0), f"{shift}: {contender.reason}"
 
     def test_a_peer_whose_gradient_alone_is_wrong_is_refused_in_training_only(self) -> None:
         def prepare(inputs, training: bool) -> Prepared:  # type: ignore[no-untyped-def]

@@ -13,8 +13,8 @@ from torch import Tensor
 from padfree_bench import profiling
 from padfree_bench.cases import DIRECTIONS, Case, choose_cases
 from padfree_bench.ceilings import Ceilings
-from padfree_bench.check import Verdict, check
-from padfree_bench.inputs import Inputs, Truth, compute_truth, make_inputs
+from padfree_bench.check import Truth, Verdict, check, compute_truth
+from padfree_bench.inputs import Inputs, make_inputs
 from padfree_bench.peers import Peer, Prepared, Refused, choose_peers
 from padfree_bench.results import NOT_RUN, OK, UPPER_BOUND, Result, Row
 from padfree_bench.session import Session, first_line

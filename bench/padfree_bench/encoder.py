@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from imdb_classifier.modeling import TextClassifier, TextClassifierConfig, TransformerLayer
 from padfree_bench.machine import pick_device
-from padfree_bench.models import PAD, Batch, Built, ModelCase, ModelPeer, choose_model_peers, run_model_case
+from padfree_bench.models import (
+    PAD,
+    Batch,
+    Built,
+    ModelCase,
+    ModelPeer,
+    choose_model_peers,
+    make_edge_loud,
+    run_model_case,
+)
 from padfree_bench.peers.base import compiled
 from padfree_bench.peers.padfree_peers import check_kernel
 from padfree_bench.results import Result
@@ -38,9 +47,10 @@ def make_classifier(
     config._attn_implementation = attention
     torch.manual_seed(0)
     # The fp64 truth and every other precision start from weights rounded to the same bf16 grid.
-    model: nn.Module = TextClassifier(config)
-    model = model.to(torch.bfloat16).to(device=device, dtype=dtype)
-    assert isinstance(model, TextClassifier)
+    model = TextClassifier(config)
+    make_edge_loud(model.embedding.weight)
+    # transformers' wrapper hides nn.Module.to
+    nn.Module.to(nn.Module.to(model, torch.bfloat16), device=device, dtype=dtype)
     return model
 
 

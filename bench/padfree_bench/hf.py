@@ -3,13 +3,23 @@
 import argparse
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from padfree_bench.encoder import check_padfree, choose_modes
 from padfree_bench.machine import pick_device
-from padfree_bench.models import PAD, Batch, Built, ModelCase, ModelPeer, choose_model_peers, run_model_case
+from padfree_bench.models import (
+    EDGE,
+    PAD,
+    Batch,
+    Built,
+    ModelCase,
+    ModelPeer,
+    choose_model_peers,
+    run_model_case,
+)
 from padfree_bench.peers import base
 from padfree_bench.peers.base import Refused, needs
 from padfree_bench.results import Result
@@ -39,9 +49,12 @@ def build(case: ModelCase, batch: Batch, dtype: torch.dtype, attention: str, com
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         pad_token_id=PAD,
+        # With transformers' 0.02 attention hardly moves the output, and no mask could be checked by it.
+        initializer_range=case.width**-0.5,
     )
     torch.manual_seed(0)
     model = BertModel._from_config(config, attn_implementation=attention, add_pooling_layer=False)
+    make_edge_loud(model.embeddings)
     # The fp64 truth and every other precision start from weights rounded to the same bf16 grid.
     model = model.to(torch.bfloat16).to(device=device, dtype=dtype)
     call = base.compiled(model) if compiled else model
@@ -55,6 +68,18 @@ def build(case: ModelCase, batch: Batch, dtype: torch.dtype, attention: str, com
     if attention == "padfree":
         _count_fused(built)
     return built
+
+
+def make_edge_loud(embeddings: Any, gain: float = 4.0) -> None:
+    """Tell PAD and EDGE from other tokens by column 0 alone and raise that column, so that a wrong mask shows in bf16.
+
+    The LayerNorm after the embeddings would undo any scaling of the embeddings themselves.
+    """
+    with torch.no_grad():
+        words = embeddings.word_embeddings.weight
+        words[[PAD, EDGE]] = 0
+        words[PAD, 0], words[EDGE, 0] = -gain, gain
+        embeddings.LayerNorm.weight[0] = gain
 
 
 def _count_fused(built: Built) -> None:

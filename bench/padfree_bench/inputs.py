@@ -18,6 +18,8 @@ class Inputs:
 
     `padding` [B, S] is True at padding; d_out is 0 there, since no loss reads a padded row, so that every
     peer has the same right gradients whether or not it computes those rows. Padded inputs hold finite noise.
+    The values on both sides of the mask's edge are so large that one key too many or too few there shows at any
+    length, where rounding would hide it among thousands.
     """
 
     case: Case
@@ -71,17 +73,25 @@ def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> Inputs
     padding = torch.arange(case.seq, device=device) >= lengths[:, None]
     shape = (case.batch, case.seq, case.heads, case.head_dim)
 
-    def draw() -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(DTYPES[case.dtype]).transpose(1, 2)
+    def draw(factor: Tensor | float = 1.0) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, device=device) * factor
+        return drawn.to(DTYPES[case.dtype]).transpose(1, 2)
 
-    query, key, value = draw(), draw(), draw()
+    query, key, value = draw(), draw(), draw(_loudness(padding, lengths))
     d_out = draw().masked_fill_(padding[:, None, :, None], 0)
     return Inputs(case, query, key, value, d_out, padding, lengths)
 
 
+def _loudness(padding: Tensor, lengths: Tensor) -> Tensor:
+    """[B, S, 1, 1] factors: a mean over n values is 1/sqrt(n) large, and sqrt(n)/4 times 1/n is a quarter of that."""
+    loud = (lengths.float().sqrt() / 4).clamp_min(1)[:, None]
+    last = torch.arange(padding.shape[1], device=padding.device) == lengths[:, None] - 1
+    return torch.where(padding | last, loud, 1.0)[..., None, None]
+
+
 @dataclass
-class Truth:
-    """out, d_query, d_key, d_value [B, H, S, D] in fp64; only rows of real tokens mean something."""
+class Answer:
+    """out, d_query, d_key, d_value [B, H, S, D]; only rows of real tokens mean something."""
 
     out: Tensor
     d_query: Tensor
@@ -89,26 +99,29 @@ class Truth:
     d_value: Tensor
 
 
-def compute_truth(inputs: Inputs) -> Truth:
-    """Attention and its gradients in fp64 on the rounded inputs, a few rows at a time so that any length fits.
+def plain_attention(inputs: Inputs, dtype: torch.dtype) -> Answer:
+    """Attention and its gradients in `dtype` on the rounded inputs, a few rows at a time so that any length fits.
 
     P = softmax(QKᵀ/sqrt(D)), O = PV, dS = P * (dO Vᵀ - rowsum(dO * O)), dQ = dS K, dK = dSᵀ Q, dV = Pᵀ dO.
     """
     query, key, value, d_out = (
-        tensor.double() for tensor in (inputs.query, inputs.key, inputs.value, inputs.d_out)
+        tensor.to(dtype) for tensor in (inputs.query, inputs.key, inputs.value, inputs.d_out)
     )
     scale = 1 / math.sqrt(query.shape[-1])
-    truth = Truth(*(torch.zeros_like(query) for _ in range(4)))
+    # Sums over the chunks in fp32 at least: a tensor core has it so within one product.
+    sums = torch.promote_types(dtype, torch.float32)
+    answer = Answer(*(torch.zeros_like(query, dtype=sums) for _ in range(4)))
     for batch, length in enumerate(inputs.case.sequence_lengths().tolist()):
         rows = max(1, CHUNK_ELEMENTS[inputs.device.type] // (query.shape[1] * length))
         keys, values = key[batch, :, :length], value[batch, :, :length]
         for start in range(0, length, rows):
             chunk = (batch, slice(None), slice(start, min(start + rows, length)))
             probs = torch.softmax(scale * (query[chunk] @ keys.mT), dim=-1)
-            truth.out[chunk] = probs @ values
-            delta = (d_out[chunk] * truth.out[chunk]).sum(-1, keepdim=True)
+            out = probs @ values
+            answer.out[chunk] = out
+            delta = (d_out[chunk] * out).sum(-1, keepdim=True)
             d_scores = probs * (d_out[chunk] @ values.mT - delta)
-            truth.d_query[chunk] = scale * (d_scores @ keys)
-            truth.d_key[batch, :, :length] += scale * (d_scores.mT @ query[chunk])
-            truth.d_value[batch, :, :length] += probs.mT @ d_out[chunk]
-    return truth
+            answer.d_query[chunk] = scale * (d_scores @ keys)
+            answer.d_key[batch, :, :length] += scale * (d_scores.mT @ query[chunk])
+            answer.d_value[batch, :, :length] += probs.mT @ d_out[chunk]
+    return answer

@@ -15,7 +15,8 @@ from padfree_bench.attention import (
     start_row,
 )
 from padfree_bench.cases import Case, choose_cases, cpu_groups, gpu_groups
-from padfree_bench.inputs import compute_truth, make_inputs
+from padfree_bench.check import compute_truth
+from padfree_bench.inputs import make_inputs
 from padfree_bench.peers import Peer
 from padfree_bench.results import NOT_RUN, OK, Result, Row
 from padfree_bench.session import Session, first_line

@@ -1,0 +1,84 @@
+"""What may be timed as a whole model: a wrong mask is refused in bf16 too, where rounding is large."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from padfree_bench import encoder, hf, train
+from padfree_bench.models import Batch, Built, ModelCase, ModelPeer, run_model_case
+from padfree_bench.results import OK, Result
+from padfree_bench.session import Session
+from padfree_bench.timing import Effort
+
+SESSION = cast(
+    Session,
+    SimpleNamespace(
+        device=torch.device("cpu"),
+        effort=Effort(seconds=0.01, least=1, most=1, warmup=1),
+        result=Result("test", {}),
+        options=Namespace(quick=True),
+    ),
+)
+CASES = {
+    "notebook": (
+        encoder,
+        replace(encoder.SIZES["notebook"], batch=8, seq=200, dtype="bf16", lengths="pad50"),
+    ),
+    "d128": (encoder, replace(encoder.SIZES["d128"], batch=8, seq=100, dtype="bf16", lengths="pad50")),
+    "bert": (hf, replace(hf.SIZES["bert-tiny"], batch=4, seq=100, dtype="bf16", lengths="pad50")),
+}
+WRONG: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "ignored": torch.ones_like,
+    "one too many": lambda mask: mask | mask.roll(1, 1),
+    "one too few": lambda mask: mask & torch.nn.functional.pad(mask[:, 1:], (0, 1)),
+}
+
+
+def with_mask(peer: ModelPeer, change: Callable[[torch.Tensor], torch.Tensor]) -> ModelPeer:
+    def build(case: ModelCase, batch: Batch, dtype: torch.dtype) -> Built:
+        batch = replace(batch)
+        built = peer.build(case, batch, dtype)
+        # Read by forward() at each call; what hf compares was chosen before.
+        batch.attention_mask = change(batch.attention_mask)
+        return built
+
+    return ModelPeer("changed", build)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_mask_is_refused_in_bf16(name: str) -> None:
+    module, case = CASES[name]
+    reference: Any = module.REFERENCE
+    peers = [replace(with_mask(reference, change), name=kind) for kind, change in WRONG.items()]
+    right = next(peer for peer in module.PEERS if peer.name == "sdpa")
+    rows = run_model_case(SESSION, case, [*peers, right], reference, ["inference", "training"])
+    assert [(row.peer, row.direction) for row in rows if row.status == OK] == [
+        ("sdpa", "inference"),
+        ("sdpa", "training"),
+    ]
+    for row in rows:
+        assert row.status == OK or row.reason.startswith("wrong answer"), row.reason
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_training_step_with_a_wrong_gradient_is_not_timed(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_model(preset: str, recipe: train.Recipe, device: torch.device) -> Any:
+        model = real(preset, recipe, device)
+        if recipe.name == "sdpa":
+            cast(Any, model).layers[0].mha.wv.weight.register_hook(lambda grad: 1.5 * grad)
+        return model
+
+    real = train.make_model
+    monkeypatch.setattr(train, "make_model", make_model)
+    monkeypatch.setattr(train, "MAX_LENGTH", 40)
+    recipes = [recipe for recipe in train.RECIPES if recipe.name in ("sdpa", "sdpa+cls", "ours-sdpa")]
+    rows = train.run_case(SESSION, "notebook", dtype, 4, 2, recipes)
+    assert [row.status == OK for row in rows] == [False, True, True]
+    assert rows[0].reason.startswith("wrong answer, not timed")
