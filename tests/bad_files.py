@@ -53,6 +53,21 @@ FILE_FAULTS: dict[str, tuple[str, bytes, str]] = {
     "JSON label 1.0": ("train.jsonl", b'{"text": "a", "label": 1.0}\n', "train.jsonl:1: label is 1.0"),
     "JSON label NaN": ("train.jsonl", b'{"text": "a", "label": NaN}\n', "train.jsonl:1: label is nan"),
     "JSON label text": ("train.jsonl", b'{"text": "a", "label": "1"}\n', "train.jsonl:1: label is '1'"),
+    "JSON label of 5,000 digits": (
+        "train.jsonl",
+        b'{"text": "a", "label": 1}\n{"text": "a", "label": ' + b"1" * 5_000 + b"}\n",
+        "train.jsonl:2: a number has too many digits, expected 0 or 1",
+    ),
+    "JSON label twice": (
+        "train.json",
+        b'[{"text": "a", "label": 1}, {"text": "b", "label": 0, "label": 1}]',
+        "train.json:2: more than one column named label",
+    ),
+    "JSON text twice": (
+        "train.jsonl",
+        b'{"text": "a", "text": "b", "label": 1}\n',
+        "train.jsonl:1: more than one column named text",
+    ),
     "JSON text null": ("train.jsonl", b'{"text": null, "label": 1}\n', "train.jsonl:1: text is None"),
     "JSON text number": ("train.json", b'[{"text": 5, "label": 1}]', "train.json:1: text is 5"),
     "JSON half a surrogate pair": (

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bad_files import FILE_FAULTS
-from imdb_classifier import checkpoint, predict, train
+from imdb_classifier import checkpoint, evaluate, predict, train
 from tiny_reviews import make_rows, train_arguments, write_csv, write_reviews
 
 
@@ -48,6 +49,10 @@ OPTION_FAULTS: dict[str, tuple[str, str, str]] = {
     "batch size in words": ("--batch-size", "many", "argument --batch-size: 'many' is not a whole number"),
     "epochs 0": ("--epochs", "0", "argument --epochs: 0 is out of range"),
     "max length 1": ("--max-length", "1", "argument --max-length: 1 is out of range, expected 2 or more"),
+    "max length of 10^14": ("--max-length", str(10**14), "is out of range, expected at most 1000000"),
+    "vocabulary of 2^63 - 1": ("--vocabulary-size", str(2**63 - 1), "expected at most 1000000"),
+    "limit 1": ("--limit", "1", "argument --limit: 1 is out of range, expected 2 or more"),
+    "learning rate 1e300": ("--learning-rate", "1e300", "expected above 0 and at most 1e+30"),
     "learning rate 0": ("--learning-rate", "0", "argument --learning-rate: 0 is out of range"),
     "learning rate nan": ("--learning-rate", "nan", "argument --learning-rate: nan is out of range"),
     "learning rate inf": ("--learning-rate", "inf", "argument --learning-rate: inf is out of range"),
@@ -131,6 +136,30 @@ def make_null_text(folder: Path) -> list[str]:
     return ["--dataset", str(folder / "train.parquet")]
 
 
+def make_a_date_beyond_python(folder: Path) -> list[str]:
+    import pyarrow.parquet
+
+    dates = pyarrow.array([0, 2**31 - 1], pyarrow.int32()).cast(pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": dates}), folder / "train.parquet")
+    return ["--dataset", str(folder / "train.parquet")]
+
+
+def make_word_tokenizer(folder: Path, vocabulary: dict[str, int]) -> list[str]:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[CLS]": 1, **vocabulary}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]")
+    saved.save_pretrained(folder / "tokenizer")
+    return ["--tokenizer", str(folder / "tokenizer")]
+
+
+# Knows every word that a tokenizer is tried on, and not those of the reviews.
+TRIED_WORDS = {word: number for number, word in enumerate(("good", "film", "a", "bad", "one"), start=2)}
+
+
 def make_output_a_file(folder: Path) -> list[str]:
     (folder / "run").write_text("")
     return []
@@ -172,6 +201,22 @@ SITUATIONS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "output is a file": (make_output_a_file, "run: is a file, expected a folder"),
     "output below a file": (make_output_below_a_file, "Not a directory"),
     "broken tokenizer": (make_broken_tokenizer, "tokenizer: is no usable tokenizer"),
+    "parquet with a date beyond Python's": (
+        make_a_date_beyond_python,
+        "train.parquet: cannot be read as parquet",
+    ),
+    "tokenizer without an unknown token": (
+        lambda folder: make_word_tokenizer(folder, {"film": 2}),
+        "cannot encode a review: WordLevel error: Missing [UNK] token",
+    ),
+    "tokenizer that fails later": (
+        lambda folder: make_word_tokenizer(folder, TRIED_WORDS),
+        "the tokenizer cannot encode the reviews: WordLevel error: Missing [UNK] token",
+    ),
+    "tokenizer with an id of 4e9": (
+        lambda folder: make_word_tokenizer(folder, {"[UNK]": 2, "film": 4_000_000_000}),
+        "has an id of 4,000,000,000, expected ids below 1,000,000",
+    ),
     "tokenizer without padding": (
         lambda folder: make_tokenizer_without(folder, padding=None),
         "has no padding token",
@@ -245,6 +290,27 @@ def test_a_run_is_not_resumed_with_other_settings(
     arguments = train_arguments(dataset, finished_run, "--resume", "--learning-rate", "0.5")
     assert train.main(arguments) == 2
     assert "cannot resume: --learning-rate was 0.001, now is 0.5" in spoken_error(capsys)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "null",
+        "[]",
+        "{}",
+        '{"settings": []}',
+        '{"settings": {"dataset": [1]}}',
+        '{"settings": {"dataset": 5}}',
+        '{"settings": {"dataset": {"a": 1}}}',
+    ],
+)
+def test_a_checkpoint_that_names_no_dataset_is_one_line(
+    content: str, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(finished_run / "last", tmp_path / "checkpoint"))
+    (folder / checkpoint.STATE_FILE).write_text(content)
+    assert evaluate.main(["--checkpoint", str(folder)]) == 2
+    assert checkpoint.STATE_FILE in spoken_error(capsys)
 
 
 PREDICT_FAULTS: dict[str, tuple[list[str], bytes, str]] = {

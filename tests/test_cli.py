@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from imdb_classifier import checkpoint, cli, evaluate, predict
+from tiny_reviews import make_rows, write_csv
 from tiny_runs import SOURCES
 
 
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": SOURCES}
+def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": SOURCES, **variables}
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
     )
@@ -54,6 +55,51 @@ def test_predict_prints_label_probability_and_text_and_says_which_attention_ran(
     assert 0.5 <= float(probability) <= 1
     assert text == "a good film"
     assert captured.err.splitlines() == ["attention: sdpa (asked for)"]
+
+
+def test_the_table_of_predict_has_one_line_a_review_whatever_the_review_holds(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [
+        "a\nb\tc\rd",
+        "\x1b[31mred\x1b[0m \u2028 \u202e",
+        r"a\nb",
+        "caf\u00e9 \U0001f600",
+        "x" + "\x85" * 100,
+    ]
+    assert predict.main(["--checkpoint", str(finished_run), *texts]) == 0
+    lines = capsys.readouterr().out.removesuffix("\n").split("\n")
+    shown = [line.split("\t")[2] for line in lines]
+    assert [len(line.split("\t")) for line in lines] == [3] * len(texts)
+    assert shown[:4] == [
+        r"a\nb\tc\rd",
+        r"\x1b[31mred\x1b[0m \u2028 \u202e",
+        r"a\\nb",
+        "caf\u00e9 \U0001f600",
+    ]
+    assert all(line.isprintable() for line in shown)
+
+
+def test_predict_answers_where_the_terminal_cannot_show_a_letter(finished_run: Path) -> None:
+    for more in ([], ["--json"]):
+        shown = run_python(
+            "-m", "imdb_classifier.predict", "--checkpoint", str(finished_run), "caf\u00e9", *more,
+            PYTHONIOENCODING="ascii",
+        )  # fmt: skip
+        assert shown.returncode == 0, shown.stderr
+        assert "caf\\xe9" in shown.stdout or "caf\\u00e9" in shown.stdout
+
+
+def test_evaluate_scores_a_folder_that_holds_test_reviews_alone(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_csv(tmp_path / "test.csv", make_rows(10, seed=3))
+    summaries = []
+    for dataset in (tmp_path, finished_run.parent / "reviews"):
+        arguments = ["--checkpoint", str(finished_run), "--dataset", str(dataset), "--json"]
+        assert evaluate.main(arguments) == 0
+        summaries.append(json.loads(capsys.readouterr().out))
+    assert summaries[0]["loss"] == summaries[1]["loss"]
 
 
 def test_evaluate_finds_the_same_logits_with_eager_and_sdpa(

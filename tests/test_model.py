@@ -246,6 +246,10 @@ def test_the_eager_reference_equals_sdpa_with_every_mask(mask, dtype):
     [
         (torch.ones(1, 41, dtype=torch.long), "41 tokens a review, the model has 40 positions"),
         (torch.ones(5, dtype=torch.long), r"input_ids must have shape \[B, S\], got \[5\]"),
+        (
+            torch.ones(2, 0, dtype=torch.long),
+            r"input_ids must hold a token of each review, got shape \[2, 0\]",
+        ),
     ],
 )
 def test_ids_that_do_not_fit_are_refused_in_one_line(ids, message):

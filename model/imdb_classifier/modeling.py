@@ -228,11 +228,13 @@ class TextClassifier(PreTrainedModel):
                 and pipelines are right; [B, 1] = z where `config.num_labels` is 1.
 
         Raises:
-            ValueError: input_ids is not [B, S], or S exceeds `config.max_length`.
+            ValueError: input_ids is not [B, S], S is 0, or S exceeds `config.max_length`.
         """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must have shape [B, S], got {list(input_ids.shape)}")
         length = input_ids.shape[1]
+        if length == 0:
+            raise ValueError(f"input_ids must hold a token of each review, got shape {list(input_ids.shape)}")
         if length > self.config.max_length:
             raise ValueError(
                 f"input_ids holds {length} tokens a review, the model has {self.config.max_length} positions; "

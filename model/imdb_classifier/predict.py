@@ -74,11 +74,12 @@ def predict(options: argparse.Namespace) -> int:
     from imdb_classifier import inference, weights
     from imdb_classifier.configuration import LABELS
     from imdb_classifier.data import TokenizedReviews
+    from imdb_classifier.tokenization import encode
 
     accelerator = inference.make_accelerator(options.precision, options.cpu)
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
     model, tokenizer = weights.load_classifier(folder, attention)
-    token_ids = tokenizer(texts, truncation=True, max_length=model.config.max_length)["input_ids"]
+    token_ids = encode(tokenizer, texts, model.config.max_length)
     z = inference.evaluate(
         accelerator.prepare(model),
         TokenizedReviews.from_lists(token_ids, [0] * len(texts)),
@@ -96,9 +97,17 @@ def predict(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps({"label": label, "probability": probability, "logit": logit, "text": text}))
         else:
-            shown = text if len(text) <= 80 else text[:77] + "..."
-            print(f"{label}\t{probability:.4f}\t{shown}")
+            print(f"{label}\t{probability:.4f}\t{one_line(text)}")
     return 0
+
+
+def one_line(text: str) -> str:
+    """The beginning of a review for a table: control characters and backslashes as Python escapes them."""
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return "".join(
+        letter if letter.isprintable() and letter != "\\" else letter.encode("unicode_escape").decode()
+        for letter in shown
+    )
 
 
 if __name__ == "__main__":

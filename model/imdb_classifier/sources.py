@@ -212,6 +212,14 @@ def _check_columns(where: str, columns: Sequence[str]) -> None:
             raise UserError(f"{where}: {problem} named {wanted}, expected text and label, got {shown}")
 
 
+class _Record(dict[str, Any]):
+    """A JSON object that remembers all its names, also one that stands twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.names = [name for name, _ in pairs]
+
+
 def _json_rows(path: Path, content: str) -> Iterator[tuple[str, Any, Any]]:
     """Objects one a line, or one array of objects."""
     is_array = content.lstrip().startswith("[")
@@ -220,7 +228,7 @@ def _json_rows(path: Path, content: str) -> Iterator[tuple[str, Any, Any]]:
         if not document.strip():
             continue
         try:
-            parsed = json.loads(document)
+            parsed = json.loads(document, object_pairs_hook=_Record)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}:{max(line, error.lineno)}: {error.msg} at column {error.colno}, expected JSON"
@@ -229,11 +237,14 @@ def _json_rows(path: Path, content: str) -> Iterator[tuple[str, Any, Any]]:
             raise UserError(
                 f"{path}:{max(line, 1)}: JSON is nested too deeply, expected flat objects"
             ) from None
+        except ValueError:
+            # Python reads no integer of more than 4,300 digits.
+            raise UserError(f"{path}:{max(line, 1)}: a number has too many digits, expected 0 or 1") from None
         for row, record in enumerate(parsed if is_array else [parsed], start=1):
             where = f"{path}:{row if is_array else line}"
-            if not isinstance(record, dict):
+            if not isinstance(record, _Record):
                 raise UserError(f"{where}: {_show(record)} is no object, expected one with text and label")
-            _check_columns(where, list(record))
+            _check_columns(where, record.names)
             yield where, record["text"], record["label"]
 
 
@@ -246,7 +257,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any, Any]]:
             _check_columns(str(path), file.schema_arrow.names)
             table = file.read(columns=["text", "label"])
         texts, labels = table["text"].to_pylist(), table["label"].to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # The last two where a value, such as a date, has no counterpart in Python.
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read as parquet: {reason}") from None
     for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):

@@ -43,6 +43,19 @@ def load_reviews(names: Sequence[str], limit: int | None = None) -> Reviews:
     return complete_splits(read_source(names), " ".join(names), limit)
 
 
+def load_split(names: Sequence[str], wanted: str, limit: int | None = None) -> Split:
+    """One split of a source, as training would carve it; a source without training reviews may hold it alone.
+
+    Raises:
+        UserError: the source does not have the split, or the split lacks one of the two labels.
+    """
+    splits, source = read_source(names), " ".join(names)
+    if "train" in splits or wanted not in splits:
+        return complete_splits(splits, source, limit).split(wanted)
+    _check_labels(splits, source)
+    return splits[wanted] if limit is None else _limit(splits[wanted], limit)
+
+
 def complete_splits(splits: dict[str, Split], source: str, limit: int | None = None) -> Reviews:
     """Carve the splits that are missing, check the classes, warn of leaks, and cut each split to `limit`.
 
@@ -55,10 +68,7 @@ def complete_splits(splits: dict[str, Split], source: str, limit: int | None = N
     splits, notes = dict(splits), []
     if "train" not in splits:
         raise UserError(f"{source}: has no training split, expected one named train")
-    for name, split in splits.items():
-        missing = {0, 1} - set(split.labels)
-        if missing:
-            raise UserError(f"{source}: no review in {name} has label {min(missing)}, expected both labels")
+    _check_labels(splits, source)
     for name, fraction in (("test", TEST_FRACTION), ("validation", VALIDATION_FRACTION)):
         if name not in splits:
             before = len(splits["train"])
@@ -70,6 +80,13 @@ def complete_splits(splits: dict[str, Split], source: str, limit: int | None = N
     if limit is not None:
         splits = {name: _limit(split, limit) for name, split in splits.items()}
     return Reviews(splits["train"], splits["validation"], splits["test"], notes)
+
+
+def _check_labels(splits: dict[str, Split], source: str) -> None:
+    for name, split in splits.items():
+        missing = {0, 1} - set(split.labels)
+        if missing:
+            raise UserError(f"{source}: no review in {name} has label {min(missing)}, expected both labels")
 
 
 def _carve(split: Split, fraction: float, source: str) -> tuple[Split, Split]:

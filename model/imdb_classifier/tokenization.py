@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TRAIN = "train"
+# Each id is a row of the embedding; the largest vocabularies in use stay below.
+MAX_IDS = 1_000_000
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -92,20 +94,38 @@ def _train_vocabulary(texts: Sequence[str], size: int, first: list[str]) -> dict
     return vocabulary
 
 
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """The token ids of each text, cut at `max_length`.
+
+    Raises:
+        UserError: the tokenizer cannot encode a text, as one without an unknown token where it meets one.
+    """
+    try:
+        ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    except Exception as error:
+        raise UserError(f"the tokenizer cannot encode the reviews: {_first_line(error)}") from error
+    return ids
+
+
 def check_tokenizer(
     tokenizer: "PreTrainedTokenizerFast", name: str, vocabulary_size: int | None = None
 ) -> None:
     """Raise UserError unless the tokenizer can feed the classifier.
 
     It pads, on the right; it puts one same token first, whose vector is classified; it makes no id beyond the
-    model's `vocabulary_size`.
+    model's `vocabulary_size`, or beyond what an embedding can have rows for.
     """
     if tokenizer.pad_token_id is None:
         raise UserError(f"tokenizer {name!r} has no padding token, expected one such as [PAD]")
-    first_ids = {tokenizer(text)["input_ids"][:1][0] for text in ("good film", "a bad one")}
+    try:
+        first_ids = {tokenizer(text)["input_ids"][:1][0] for text in ("good film", "a bad one")}
+    except Exception as error:
+        raise UserError(f"tokenizer {name!r} cannot encode a review: {_first_line(error)}") from error
     if len(first_ids) != 1 or first_ids != {tokenizer.cls_token_id}:
         raise UserError(f"tokenizer {name!r} puts no class token in front, expected one such as [CLS]")
     ids = count_ids(tokenizer)
+    if ids > MAX_IDS:
+        raise UserError(f"tokenizer {name!r} has an id of {ids - 1:,}, expected ids below {MAX_IDS:,}")
     if vocabulary_size is not None and ids > vocabulary_size:
         raise UserError(
             f"tokenizer {name!r} has {ids:,} ids, the model has {vocabulary_size:,}: expected its own one"

@@ -33,7 +33,8 @@ DECIDING_OPTIONS = (
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.OneLineParser(prog="imdb-train", description=__doc__)
-    cli.add_data_options(parser)
+    # One review would be of one class.
+    cli.add_data_options(parser, limit=cli.at_least_two)
     parser.add_argument(
         "--tokenizer",
         default=cli.DEFAULT_TOKENIZER,
@@ -42,13 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--vocabulary-size",
-        type=cli.positive,
+        type=cli.vocabulary_size,
         default=8_000,
         help="for --tokenizer train (default: %(default)s)",
     )
     parser.add_argument(
         "--max-length",
-        type=cli.at_least_two,
+        type=cli.token_count,
         default=400,
         help="cut reviews here, in tokens (default: %(default)s)",
     )
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="reviews a step, over all processes (default: %(default)s)",
     )
     parser.add_argument(
-        "--learning-rate", type=cli.positive_float, default=1e-3, help="of Adam (default: %(default)s)"
+        "--learning-rate", type=cli.learning_rate, default=1e-3, help="of Adam (default: %(default)s)"
     )
     parser.add_argument(
         "--seed",
