@@ -1,6 +1,7 @@
 """Where the reviews come from, how they are split, tokenized once and put into batches."""
 
 import json
+import random
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from imdb_classifier import hub
 from imdb_classifier.data import Padding, ReviewBatches, TokenizedReviews, tokenize
 from imdb_classifier.errors import UserError
 from imdb_classifier.sources import Split, read_source
-from imdb_classifier.splits import complete_splits, load_reviews
+from imdb_classifier.splits import complete_splits, load_reviews, load_split
 from imdb_classifier.tokenization import check_tokenizer, count_ids, load_tokenizer, train_tokenizer
 from tiny_reviews import make_rows, write_csv, write_reviews
 
@@ -190,6 +191,43 @@ def test_a_damaged_token_cache_is_made_anew(
     (cache,) = tmp_path.glob("tokens-*.arrow")
     cache.write_bytes(cache.read_bytes()[:200] if harm is None else harm)
     assert torch.equal(tokenize(split, tokenizer, 24, tmp_path).ids, first.ids)
+
+
+def test_every_bit_of_a_token_cache_is_checked(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    split = as_split(make_rows(20, seed=13))
+    first = tokenize(split, tokenizer, 24, tmp_path)
+    (cache,), (seal,) = tmp_path.glob("tokens-*.arrow"), tmp_path.glob("tokens-*.sha256")
+    whole = cache.read_bytes()
+    draw = random.Random(0)
+    for _ in range(30):
+        harmed = bytearray(whole)
+        harmed[draw.randrange(len(harmed))] ^= 1 << draw.randrange(8)
+        cache.write_bytes(harmed)
+        again = tokenize(split, tokenizer, 24, tmp_path)
+        assert torch.equal(again.ids, first.ids) and torch.equal(again.starts, first.starts)
+        assert cache.read_bytes() == whole
+    # A run killed between the two files, and a seal that is harmed itself.
+    for content in (None, b"0" * 64):
+        seal.unlink() if content is None else seal.write_bytes(content)
+        assert torch.equal(tokenize(split, tokenizer, 24, tmp_path).ids, first.ids)
+
+
+def test_a_source_that_holds_one_split_alone_will_do_for_an_evaluation(tmp_path: Path) -> None:
+    rows = make_rows(8, seed=15)
+    write_csv(tmp_path / "test.csv", rows)
+    assert load_split([str(tmp_path)], "test") == as_split(rows)
+    assert sum(load_split([str(tmp_path)], "test", 4).labels) == 2
+    with pytest.raises(UserError, match="has no training split"):
+        load_split([str(tmp_path)], "validation")
+    write_csv(tmp_path / "test.csv", [("good", 1)])
+    with pytest.raises(UserError, match="no review in test has label 0"):
+        load_split([str(tmp_path)], "test")
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_a_split_for_an_evaluation_is_the_one_that_training_carved(name: str, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "train.csv", make_rows(60, seed=16))
+    assert load_split([str(file)], name, 6) == load_reviews([str(file)], 6).split(name)
 
 
 LENGTHS = [(7 * row) % 97 + 3 for row in range(1_000)]

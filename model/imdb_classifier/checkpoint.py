@@ -58,7 +58,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         names = sorted(path.name for path in building.iterdir())
         for name in names:
             _flush(building / name)
-        (building / MANIFEST).write_bytes(_manifest_bytes({name: _digest(building / name) for name in names}))
+        (building / MANIFEST).write_bytes(
+            _manifest_bytes({name: sha256_of(building / name) for name in names})
+        )
         _flush(building / MANIFEST)
         _flush(building)
         if folder.exists():
@@ -87,7 +89,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -127,7 +129,7 @@ def verify(folder: Path) -> None:
     for name, expected in sorted(read_manifest(folder).items()):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is missing, the checkpoint is damaged")
-        if _digest(folder / name) != expected:
+        if sha256_of(folder / name) != expected:
             raise UserError(f"{folder / name}: SHA-256 differs from {MANIFEST}, the checkpoint is damaged")
 
 

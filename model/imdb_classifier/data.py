@@ -6,13 +6,15 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from imdb_classifier.checkpoint import sha256_of
 from imdb_classifier.sources import Split
+from imdb_classifier.tokenization import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,10 +53,10 @@ def tokenize(
 ) -> TokenizedReviews:
     """Token ids of every review, cut at `max_length`; computed in batches and kept on disk by content.
 
-    The cache file's name is a digest of the texts, the tokenizer and `max_length`, so it cannot be stale.
+    The cache file's name is a digest of the texts, the tokenizer and `max_length`, so it cannot be stale; the
+    SHA-256 of its bytes stands beside it, so it cannot be damaged: a file that differs is made anew.
     """
     import datasets
-    import pyarrow
 
     datasets.disable_progress_bars()
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -65,31 +67,21 @@ def tokenize(
     folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "imdb_classifier"
     folder.mkdir(parents=True, exist_ok=True)
     cache_file = folder / f"tokens-{digest}.arrow"
-    texts = datasets.Dataset.from_dict({"text": split.texts})
-
-    def to_ids(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": tokenizer(batch["text"], truncation=True, max_length=max_length)["input_ids"]}
-
-    def load() -> Any:
-        # datasets writes beside the final name and renames, so a killed run leaves no half file.
-        tokens = texts.map(
-            to_ids,
-            batched=True,
-            remove_columns=["text"],
-            cache_file_name=str(cache_file),
-            new_fingerprint=digest,
-        )
-        column = tokens.data.column("input_ids").combine_chunks()
-        if len(column) != len(split):
-            raise pyarrow.ArrowInvalid("cache file of another length")
-        column.validate(full=True)
-        return column
-
-    try:
-        column = load()
-    except (pyarrow.ArrowException, OSError):
-        cache_file.unlink(missing_ok=True)
-        column = load()
+    seal = cache_file.with_suffix(".sha256")
+    if cache_file.exists() and not (seal.exists() and seal.read_bytes() == sha256_of(cache_file).encode()):
+        cache_file.unlink()
+    is_new = not cache_file.exists()
+    # datasets writes beside the final name and renames, so a killed run leaves no half file.
+    tokens = datasets.Dataset.from_dict({"text": split.texts}).map(
+        lambda batch: {"input_ids": encode(tokenizer, batch["text"], max_length)},
+        batched=True,
+        remove_columns=["text"],
+        cache_file_name=str(cache_file),
+        new_fingerprint=digest,
+    )
+    if is_new:
+        seal.write_text(sha256_of(cache_file))
+    column = tokens.data.column("input_ids").combine_chunks()
     ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
     return TokenizedReviews(
         torch.tensor(ids, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int64), split.labels
