@@ -45,9 +45,9 @@ def a_row(peer: str, ms: float, case: str = "c", direction: str = "forward", spr
 
 
 class TestCompare:
-    def write(self, folder: Path, name: str, rows: list[Row]) -> Path:
+    def write(self, folder: Path, name: str, rows: list[Row], **changed: object) -> Path:
         folder = folder / name
-        return save(Result("attention", environment(), rows), folder)
+        return save(Result("attention", environment() | changed, rows), folder)
 
     def test_a_planted_slowdown_of_a_fifth_is_caught(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -83,6 +83,61 @@ class TestCompare:
         gone = Row("attention", "c", "imdb", "forward", "padfree", NOT_RUN, reason="out of memory")
         after = self.write(tmp_path, "b", [gone, a_row("sdpa", 1.0)])
         assert main([str(before), f"{before},{after}"]) == 1
+
+    def test_a_row_that_vanished_is_lost_and_a_case_that_was_not_reached_is_named_apart(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = self.write(
+            tmp_path, "a", [a_row("padfree", 1.0), a_row("sdpa", 1.0), a_row("sdpa", 1.0, "late")]
+        )
+        result = Result("attention", environment(), [a_row("sdpa", 1.0)], not_reached=["late"])
+        after = save(result, tmp_path / "b")
+        assert main([str(before), str(after)]) == 1
+        printed = capsys.readouterr().out
+        assert "no figure any more:\n  c forward padfree: not in the file\n" in printed
+        assert "not reached within the time given:\n  late forward sdpa\n" in printed
+        assert "1 lost, 1 not reached" in printed
+        assert main([str(after), str(before)]) == 0
+        late = self.write(tmp_path, "c", [a_row("sdpa", 1.0), a_row("sdpa", 1.0, "late")])
+        assert main([str(late), str(after)]) == 1
+
+    @pytest.mark.parametrize(
+        ("changed", "status"),
+        [
+            ({"cuda": "13"}, 0),
+            ({"torch_threads": 8}, 0),
+            ({"versions": {"torch": "3"}}, 0),
+            ({"cpu": "another"}, 2),
+            ({"device": "another"}, 2),
+            ({"device_type": "cuda", "cpu": "another"}, 0),
+        ],
+    )
+    def test_another_machine_is_noted_and_another_device_refused(
+        self, changed: dict[str, object], status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kind = {"device_type": changed.get("device_type", "cpu")}
+        before = self.write(tmp_path, "a", [a_row("sdpa", 1.0)], **kind)
+        after = self.write(tmp_path, "b", [a_row("sdpa", 1.0)], **changed)
+        assert main([str(before), str(after)]) == status
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == (status == 2) and ("note: " in captured.out) == (status == 0)
+
+    @pytest.mark.parametrize("threshold", ["-1", "nan", "inf"])
+    def test_a_threshold_that_means_nothing_is_one_line_and_status_2(
+        self, threshold: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = str(self.write(tmp_path, "a", [a_row("sdpa", 1.0)]))
+        assert main([file, file, "--threshold", threshold]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+    @pytest.mark.parametrize("time", [0.0, -1.0, math.nan])
+    def test_a_time_that_cannot_be_is_one_line_and_status_2(
+        self, time: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = str(self.write(tmp_path, "a", [a_row("sdpa", 1.0)]))
+        bad = str(self.write(tmp_path, "b", [replace(a_row("sdpa", 1.0), ms_p50=time)]))
+        assert main([bad, file]) == main([file, bad]) == 2
+        assert capsys.readouterr().err.count("\n") == 2
 
     def test_a_real_call_that_does_a_fifth_more_work_is_slower(self) -> None:
         now = [0.0]

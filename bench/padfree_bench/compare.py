@@ -5,6 +5,7 @@ measures differently from hour to hour, by more than the spread within a run.
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from padfree_bench.results import Result, Row, load
 
 # Medians of two runs on one machine differ by a few percent without any change of code.
 THRESHOLD = 0.05
-MUST_AGREE = ("device", "torch_threads", "cuda")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def together(runs: list[Result]) -> Result:
     for same in found.values():
         missing = [row for row in same if not row.timed]
         rows.append(missing[0] if missing else _hull(same))
-    return replace(runs[0], rows=rows)
+    return replace(runs[0], rows=rows, not_reached=[name for run in runs for name in run.not_reached])
 
 
 def _hull(rows: list[Row]) -> Row:
@@ -70,24 +70,36 @@ def _hull(rows: list[Row]) -> Row:
     )
 
 
-def load_all(paths: str) -> Result:
-    """One side of a comparison: result files by path, with commas between several; ValueError names a bad one."""
-    return together([load(Path(path)) for path in paths.split(",")])
+def lost(before: Result, after: Result) -> tuple[list[str], list[str]]:
+    """(without a figure any more, not reached in time) of the rows that `before` had timed and `after` has not."""
+    now = {row.key[1:]: row for row in after.rows}
+    gone, unreached = [], []
+    for row in before.rows:
+        other = now.get(row.key[1:])
+        if not row.timed or (other is not None and other.timed):
+            continue
+        name = f"{row.case} {row.direction} {row.peer}"
+        if other is None and row.case in after.not_reached:
+            unreached.append(name)
+        else:
+            gone.append(f"{name}: {other.reason if other else 'not in the file'}")
+    return gone, unreached
 
 
-def lost(before: Result, after: Result) -> list[Row]:
-    """Rows of `after` that have no figure any more although `before` had one."""
-    had = {row.key[1:] for row in before.rows if row.timed}
-    return [row for row in after.rows if not row.timed and row.key[1:] in had]
+def machine_facts(result: Result) -> dict[str, object]:
+    """What two runs must share before a difference between them is one of the code."""
+    facts = {name: result.environment.get(name) for name in ("device", "cpu", "torch_threads", "cuda")}
+    return facts | {"torch": result.environment["versions"].get("torch")}
 
 
-def differences(before: Result, after: Result) -> list[str]:
-    """What makes the two files hard to compare."""
-    return [
-        f"{name} differs: {before.environment.get(name)} and {after.environment.get(name)}"
-        for name in MUST_AGREE
-        if before.environment.get(name) != after.environment.get(name)
-    ]
+def differences(runs: list[Result]) -> dict[str, str]:
+    """By name, the machine facts in which these runs differ. Where no GPU ran, another CPU is another device."""
+    facts = [machine_facts(run) for run in runs]
+    found = {name: list(dict.fromkeys(str(each[name]) for each in facts)) for name in facts[0]}
+    differing = {name: " and ".join(values) for name, values in found.items() if len(values) > 1}
+    if "cpu" in differing and runs[0].environment.get("device_type") == "cpu":
+        differing.setdefault("device", differing["cpu"])
+    return differing
 
 
 def describe(change: Change) -> str:
@@ -99,7 +111,7 @@ def describe(change: Change) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 1 when something got slower or lost its figure, 2 when the files cannot be compared."""
+    """Exit status 1 when something got slower, lost its figure or was not reached, 2 when nothing can be compared."""
     parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
     parser.add_argument(
         "before", metavar="A.json", help="the result file before the change, or several by comma"
@@ -110,25 +122,36 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     try:
-        before, after = load_all(options.before), load_all(options.after)
+        if not 0 <= options.threshold < math.inf:
+            raise ValueError(f"threshold must be a share of at least 0, got {options.threshold}")
+        sides = [[load(Path(path)) for path in side.split(",")] for side in (options.before, options.after)]
+        differing = differences([run for side in sides for run in side])
+        if "device" in differing:
+            raise ValueError(f"the files are of different devices: {differing['device']}")
+        before, after = map(together, sides)
+        found = changes(before, after, options.threshold)
+        if not found:
+            raise ValueError("the files have no timed case in common")
     except ValueError as error:
         print(f"python -m bench compare: {error}", file=sys.stderr)
         return 2
-    for line in differences(before, after):
-        print(f"note: {line}")
-    found = changes(before, after, options.threshold)
-    if not found:
-        print("python -m bench compare: the files have no timed case in common", file=sys.stderr)
-        return 2
+    for name, values in differing.items():
+        print(f"note: {name} differs: {values}")
+    return tell(found, *lost(before, after))
+
+
+def tell(found: list[Change], gone: list[str], unreached: list[str]) -> int:
+    """Print what came out and return the exit status."""
     slower = [change for change in found if change.slower]
     faster = [change for change in found if change.faster]
-    gone = lost(before, after)
     for title, lines in (
         ("slower", [describe(change) for change in slower]),
-        ("no figure any more", [f"{row.case} {row.direction} {row.peer}: {row.reason}" for row in gone]),
+        ("no figure any more", gone),
+        ("not reached within the time given", unreached),
         ("faster", [describe(change) for change in faster]),
     ):
         if lines:
             print(f"{title}:", *(f"  {line}" for line in lines), sep="\n")
-    print(f"{len(found)} cases compared: {len(slower)} slower, {len(faster)} faster, {len(gone)} lost")
-    return 1 if slower or gone else 0
+    counts = f"{len(slower)} slower, {len(faster)} faster, {len(gone)} lost, {len(unreached)} not reached"
+    print(f"{len(found)} cases compared: {counts}")
+    return 1 if slower or gone or unreached else 0

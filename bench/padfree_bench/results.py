@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,15 @@ def from_json(text: str) -> Result:
     for row in content["rows"]:
         if unknown := set(row) - known:
             raise ValueError(f"result file has unknown columns {sorted(unknown)}")
+    rows = [Row(**row) for row in content["rows"]]
+    for each in rows:
+        times = (each.ms_p20, each.ms_p50, each.ms_p80)
+        if each.timed and not all(time is not None and 0 < time < math.inf for time in times):
+            raise ValueError(f"result file has the times {times} for {each.case} {each.peer}")
     return Result(
         suite=content["suite"],
         environment=content["environment"],
-        rows=[Row(**row) for row in content["rows"]],
+        rows=rows,
         ceilings=content["ceilings"],
         quick=content["quick"],
         not_reached=content["not_reached"],
