@@ -5,6 +5,7 @@ implementation: in random order padded to 400, as the notebook does, or grouped 
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +154,10 @@ def run_case(
     return rows
 
 
+def case_id(preset: str, size: int, count: int, dtype: str) -> str:
+    return f"{preset}-B{size}-S{MAX_LENGTH}-{count}-batches-{dtype}"
+
+
 def _start_row(
     session: Session, preset: str, dtype: str, size: int, batches: list[Batch], recipe: Recipe
 ) -> Row:
@@ -160,7 +165,7 @@ def _start_row(
     padded = sum(batch.input_ids.numel() for batch in batches)
     return Row(
         suite=session.result.suite,
-        case=f"{preset}-B{size}-S{MAX_LENGTH}-{len(batches)}-batches-{dtype}",
+        case=case_id(preset, size, len(batches), dtype),
         group=preset,
         direction="step",
         peer=recipe.name,
@@ -193,7 +198,10 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     size, count = (64, 20) if gpu else (16, 4) if options.quick else (64, 8)
     session = Session("train", options, command, set(dtypes))
     return session.run(
-        (f"{preset}-{dtype}", lambda p=preset, d=dtype: run_case(session, p, d, size, count, recipes))  # type: ignore[misc]
+        (
+            case_id(preset, size, count, dtype),
+            functools.partial(run_case, session, preset, dtype, size, count, recipes),
+        )
         for dtype in dtypes
         for preset in presets
     )
