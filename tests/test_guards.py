@@ -179,9 +179,10 @@ def test_fp16_overflows_are_searched_for_a_scale_but_not_forever(tmp_path: Path)
         bare_model=module,
         state=training.RunState(),
         folder=tmp_path,
-        skipped_in_a_row=0,
     )
     for _ in range(guards.MAX_SKIPPED_STEPS):
         guards.check_finite(run, torch.tensor(0.7), torch.arange(2))
+        # A run that is resumed counts on.
+        run.state = training.RunState.from_json(run.state.to_json())
     with pytest.raises(guards.NonFiniteError, match="gradient norm is inf"):
         guards.check_finite(run, torch.tensor(0.7), torch.arange(2))

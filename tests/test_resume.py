@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from imdb_classifier import checkpoint, inference, train, training
+from imdb_classifier.errors import UserError
 from tiny_reviews import train_arguments
 from tiny_runs import SOURCES, STEPS_AN_EPOCH, assert_same_run, contents
 
@@ -169,6 +170,16 @@ def test_a_best_checkpoint_without_a_successor_leaves_no_dangling_link(
     shutil.rmtree((run / "best").resolve())
     assert train.main(train_arguments(dataset, run, "--epochs", "1", "--resume")) == 0
     assert not (run / "best").is_symlink()
+
+
+def test_a_run_is_resumed_with_the_number_of_processes_it_began_with(finished_run: Path) -> None:
+    folder = finished_run / "last"
+    settings = checkpoint.read_json(folder / checkpoint.STATE_FILE)["settings"]
+    train.check_settings(folder, settings)
+    with pytest.raises(UserError, match="cannot resume: the number of processes was 1, now is 2"):
+        train.check_settings(folder, settings | {"processes": 2})
+    with pytest.raises(UserError, match="was written by another version"):
+        train.check_settings(folder, settings | {"unheard_of": 2})
 
 
 def in_a_child(work: Callable[[], int]) -> int:

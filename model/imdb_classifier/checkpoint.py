@@ -219,6 +219,10 @@ def drop_after(run_folder: Path, position: Position) -> None:
             _remove(run_folder / CHECKPOINTS / later.folder_name)
 
 
+def other_version(folder: Path) -> UserError:
+    return UserError(f"{folder}: was written by another version of this program, which must finish it")
+
+
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 

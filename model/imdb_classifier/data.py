@@ -54,7 +54,7 @@ def tokenize(
     """Token ids of every review, cut at `max_length`; computed in batches and kept on disk by content.
 
     The cache file's name is a digest of the texts, the tokenizer and `max_length`, so it cannot be stale; the
-    SHA-256 of its bytes stands beside it, so it cannot be damaged: a file that differs is made anew.
+    SHA-256 of its bytes stands beside it, and a file that differs from it is made anew.
     """
     import datasets
 

@@ -40,11 +40,11 @@ def check_finite(run: "Run", loss: Tensor, rows: Tensor) -> None:
     norm = torch.nn.utils.get_total_norm(gradients.values())
     loss_is_finite, norm_is_finite = torch.stack([loss.detach().float(), norm.float()]).isfinite().tolist()
     if loss_is_finite and norm_is_finite:
-        run.skipped_in_a_row = 0
+        run.state.skipped_in_a_row = 0
         return
-    if loss_is_finite and scaled and run.skipped_in_a_row < MAX_SKIPPED_STEPS:
+    if loss_is_finite and scaled and run.state.skipped_in_a_row < MAX_SKIPPED_STEPS:
         # The scaler leaves out this step and lowers its scale, which is how fp16 finds one.
-        run.skipped_in_a_row += 1
+        run.state.skipped_in_a_row += 1
         return
     culprits = sorted(name for name, gradient in gradients.items() if not gradient.isfinite().all())
     what = f"gradient norm is {norm.item()}" if loss_is_finite else f"loss is {loss.item()}"

@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
-        "--resume", action="store_true", help="go on with the run in --output-dir, bit for bit"
+        "--resume", action="store_true", help="go on with the run in --output-dir, from its newest checkpoint"
     )
     existing.add_argument(
         "--overwrite", action="store_true", help="delete the run in --output-dir and start anew"
@@ -177,7 +177,7 @@ def assemble(options: argparse.Namespace, reviews: "Reviews", accelerator: "Acce
     from imdb_classifier.signals import StopRequest
 
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
-    settings = deciding_settings(options, reviews)
+    settings = deciding_settings(options, reviews, accelerator)
     resumed_from = checkpoint.newest_intact(options.output_dir) if options.resume else None
     torch.manual_seed(options.seed)
     if resumed_from is None:
@@ -230,19 +230,28 @@ def new_classifier(options: argparse.Namespace, reviews: "Reviews", attention: s
     return TextClassifier._from_config(config, attn_implementation=attention), tokenizer
 
 
-def deciding_settings(options: argparse.Namespace, reviews: "Reviews") -> dict[str, Any]:
+def deciding_settings(
+    options: argparse.Namespace, reviews: "Reviews", accelerator: "Accelerator"
+) -> dict[str, Any]:
     return {name: getattr(options, name) for name in DECIDING_OPTIONS} | {
-        "data_sha256": reviews.fingerprint()
+        "data_sha256": reviews.fingerprint(),
+        # Each process draws its own dropout.
+        "processes": accelerator.num_processes,
     }
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    from imdb_classifier.checkpoint import STATE_FILE, read_json
+    """Raise UserError unless the checkpoint's run was started with the same settings."""
+    from imdb_classifier.checkpoint import STATE_FILE, other_version, read_json
 
-    before = read_json(folder / STATE_FILE)["settings"]
+    before = read_json(folder / STATE_FILE).get("settings")
+    if not isinstance(before, dict) or before.keys() != settings.keys():
+        raise other_version(folder)
+    no_options = {"data_sha256": "the data", "processes": "the number of processes"}
     for name, value in settings.items():
+        # The same data may have moved.
         if name != "dataset" and before[name] != value:
-            option = "the data" if name == "data_sha256" else f"--{name.replace('_', '-')}"
+            option = no_options.get(name, f"--{name.replace('_', '-')}")
             raise UserError(
                 f"cannot resume: {option} was {before[name]}, now is {value}; repeat the run's own command"
             )

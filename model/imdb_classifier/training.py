@@ -1,8 +1,9 @@
 """The training run: what it is made of, its one loop, and how it saves and goes on.
 
-Two runs with the same settings on the same machine write the same bytes, and a run that was stopped anywhere and
-resumed ends with the same bytes as one that was not: the order of the batches follows from (seed, epoch), and a
-checkpoint holds the weights, the optimizer, the generators, the position and the sums of the epoch so far.
+On one machine's CPU, two runs of the same command write the same checkpoints byte for byte, and so does a run that was
+stopped, or killed after its first save, and resumed with that command: the order of the batches follows from (seed,
+epoch), and a checkpoint holds the weights, the optimizer, the generators, the position and the sums of the epoch so
+far. On a GPU that holds as far as its kernels repeat. The TensorBoard log may show a repeated step twice.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from imdb_classifier import checkpoint, weights
 from imdb_classifier.checkpoint import Position
 from imdb_classifier.cli import warn
 from imdb_classifier.data import ReviewBatches, TokenizedReviews, make_loader
-from imdb_classifier.errors import NonFiniteError, Stopped, UserError
+from imdb_classifier.errors import NonFiniteError, Stopped
 from imdb_classifier.guards import check_finite, non_finite_weights
 from imdb_classifier.inference import Evaluation, evaluate
 from imdb_classifier.modeling import TextClassifier
@@ -44,6 +45,8 @@ class RunState:
     seen: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Position | None = None
+    # fp16 steps that the scaler left out since the last one that was taken
+    skipped_in_a_row: int = 0
 
     @property
     def best_record(self) -> dict[str, Any] | None:
@@ -80,7 +83,6 @@ class Run:
     saved_at: Position | None = None
     # Beside the state: a clock would make equal runs write different checkpoints.
     epoch_began: float = 0.0
-    skipped_in_a_row: int = 0
 
     @property
     def bare_model(self) -> TextClassifier:
@@ -262,9 +264,7 @@ def restore(run: Run, folder: Path) -> None:
     try:
         run.state, scaler_state = RunState.from_json(content["state"]), content["scaler"]
     except (KeyError, TypeError):
-        raise UserError(
-            f"{folder}: was written by another version of this program, which must finish it"
-        ) from None
+        raise checkpoint.other_version(folder) from None
     if run.accelerator.scaler is not None and scaler_state is not None:
         run.accelerator.scaler.load_state_dict(scaler_state)
     weights.load_rng(folder / checkpoint.RNG_FILE, run.accelerator.process_index)
