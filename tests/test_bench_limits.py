@@ -4,11 +4,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from padfree_bench import gpu_check, plan
+from padfree_bench import cli, gpu_check, plan, tune
 from padfree_bench.processes import run_limited
+from padfree_bench.session import refuse_to_replace
 from padfree_bench.timing import Effort, _repetitions
 
 PARENT = """
@@ -49,6 +51,36 @@ def test_a_step_past_its_limit_keeps_what_it_had_found(tmp_path: Path) -> None:
 )
 def test_slow_rounds_are_few(round_ms: float, repetitions: int) -> None:
     assert _repetitions(round_ms, Effort(seconds=2, least=10, most=100, at_most_seconds=15)) == repetitions
+
+
+@pytest.mark.parametrize("command", [gpu_check, tune, plan])
+def test_minutes_that_mean_nothing_are_refused(command: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--minutes", "nan"])
+
+
+@pytest.mark.parametrize("step", ["agreement", "memcheck"])
+def test_a_step_that_replays_cases_has_them_exported_first(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run_step(step: gpu_check.Step, *_: object) -> gpu_check.Outcome:
+        ran.append(step.name)
+        return gpu_check.Outcome(step.name, gpu_check.PASSED)
+
+    monkeypatch.setattr(gpu_check, "run_step", run_step)
+    gpu_check.main(["--steps", step, "--output", str(tmp_path)])
+    assert ran == ["export", step]
+    ran.clear()
+    gpu_check.main(["--steps", step, "--output", str(tmp_path), "--cases", str(tmp_path / "cases")])
+    assert ran == [step]
+
+
+@pytest.mark.parametrize("part", plan.PARTS)
+def test_what_a_part_leaves_out_has_a_name_of_its_own(part: int) -> None:
+    for _, line in plan.PARTS[part]:
+        refuse_to_replace(cli.parser().parse_args(line))
 
 
 @pytest.mark.parametrize("part", plan.PARTS)

@@ -3,15 +3,16 @@
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import padfree
-from padfree_bench import cli
+from padfree_bench import attention, cli
 from padfree_bench.attention import admit, run_case, work
-from padfree_bench.cases import HEADS, Case, choose_cases, gpu_groups, parse_case
+from padfree_bench.cases import HEADS, Case, choose_cases, cpu_groups, gpu_groups, parse_case
 from padfree_bench.ceilings import Ceilings
 from padfree_bench.check import compute_truth
 from padfree_bench.inputs import make_inputs
@@ -19,8 +20,8 @@ from padfree_bench.lengths import imdb_histogram, imdb_lengths, make_lengths
 from padfree_bench.peers import PEERS, Peer, choose_peers
 from padfree_bench.peers.base import Prepared, Refused, padded
 from padfree_bench.profiling import peak_bytes
-from padfree_bench.results import NOT_RUN, OK, UPPER_BOUND
-from padfree_bench.timing import Effort, measure
+from padfree_bench.results import NOT_RUN, OK, UPPER_BOUND, load
+from padfree_bench.timing import Effort, Sample, measure
 
 CPU = torch.device("cpu")
 SMALL = Case(3, 2, 8, 40, "fp32", "pad50")
@@ -66,14 +67,59 @@ class TestCases:
         for case in gpu_groups()["imdb"]:
             assert replace(parse_case(case.id), group=case.group) == case
 
-    @pytest.mark.parametrize(
-        "arguments", [["--shapes", "huge"], ["--dtypes", "fp8"], ["--peers", "magic"], ["--directions", "up"]]
-    )
+    @pytest.mark.parametrize("option", ["--shapes", "--dtypes", "--peers", "--directions"])
+    @pytest.mark.parametrize("suite", ["attention", "memory", "encoder", "hf"])
     def test_a_wrong_argument_is_one_line_and_status_2(
+        self, suite: str, option: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([suite, "--quick", option, "magic"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+    @pytest.mark.parametrize("arguments", [["--shapes", "imdb"], ["--dtypes", "fp8"], ["--peers", "magic"]])
+    def test_so_is_one_of_the_train_suite(
         self, arguments: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert cli.main(["attention", *arguments]) == 2
+        assert cli.main(["train", "--quick", *arguments]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "line",
+        ["train --directions both", "encoder --twice", "train --twice", "hf --twice", "memory --twice"],
+    )
+    def test_an_option_without_a_meaning_in_a_suite_is_no_option_of_it(self, line: str) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*line.split(), "--quick"])
+
+    @pytest.mark.parametrize("line", ["encoder --directions backward", "hf --directions forward,backward"])
+    def test_the_backward_of_a_model_alone_is_refused(
+        self, line: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([*line.split(), "--quick"]) == 2
+        assert "must be forward (inference) or both (training)" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "line",
+        ["attention --peers sdpa", "memory --shapes length", "encoder --dtypes fp32", "hf --directions both"],
+    )
+    def test_a_part_of_a_suite_needs_a_label(
+        self, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([*line.split(), "--output", str(tmp_path)]) == 2
+        assert "must come with --label" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+    def test_a_quick_look_at_memory_takes_its_dtypes(self, tmp_path: Path) -> None:
+        line = "memory --quick --peers sdpa --directions forward --dtypes bf16"
+        assert cli.main([*line.split(), "--output", str(tmp_path)]) == 0
+        rows = load(next(tmp_path.glob("*/memory.json"))).rows
+        assert [row.dtype for row in rows] == ["bf16", "bf16"] and rows[0].peak_mib
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_all_groups_come_in_turn_each_in_its_own_order(self, device: str) -> None:
+        cases = choose_cases(device, None, None, False)
+        assert [case.group for case in cases[:10]] == ["imdb", "full", "padding", "length", "batch"] * 2
+        groups = gpu_groups() if device == "cuda" else cpu_groups()
+        for name, group in groups.items():
+            assert [case for case in cases if case.group == name][: len(group)] == group
 
 
 class TestTruth:
@@ -225,6 +271,15 @@ class TestMeasures:
         slow = Ceilings(1.0, {"fp32": 1.0}, 1.0)
         (row,) = run_case(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, slow)
         assert row.reason == "faster than its floor: not to be trusted"
+
+    def test_a_call_that_was_issued_too_slowly_for_its_events_is_marked(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for host_us in (400.0, 600.0):
+            sample = Sample(1e3, 1e3, 1e3, 5, host_us)
+            monkeypatch.setattr(attention, "measure", lambda *_, kept=sample: {"sdpa": kept})
+            (row,) = run_case(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, CEILINGS)
+            assert (row.reason == attention.HOST_BOUND) == (host_us > 500)
 
     def test_peak_memory_counts_what_is_held_at_once(self) -> None:
         def call() -> None:

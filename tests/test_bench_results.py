@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from padfree_bench import cli, readme, report
+from padfree_bench import attention, cli, readme, report
+from padfree_bench.cases import Case
 from padfree_bench.compare import changes, main
+from padfree_bench.inputs import make_inputs
+from padfree_bench.peers import Peer
 from padfree_bench.results import NOT_RUN, OK, Result, Row, from_json, load, markdown, save, to_json
+from padfree_bench.session import first_line
 from padfree_bench.timing import Effort, measure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,11 +174,56 @@ class TestResults:
         row = Row("attention", "c", "imdb", "forward", "xformers", NOT_RUN, reason="not installed | here")
         assert "not run | not installed \\| here" in markdown(Result("attention", environment(), [row]))
 
-    def test_an_early_stop_keeps_what_was_measured_and_names_what_was_not(self, tmp_path: Path) -> None:
+    def test_a_run_without_a_case_in_time_writes_nothing(self, tmp_path: Path) -> None:
         arguments = ["attention", "--quick", "--shapes", "B1-H1-D8-S16,B1-H1-D8-S24", "--peers", "sdpa"]
         cli.main([*arguments, "--minutes", "1e-9", "--output", str(tmp_path)])
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_run_that_measured_nothing_leaves_the_last_good_file_alone(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = [
+            "attention",
+            "--quick",
+            "--shapes",
+            "B1-H1-D8-S16,B1-H1-D8-S24",
+            "--output",
+            str(tmp_path),
+        ]
+        assert cli.main([*arguments, "--peers", "sdpa"]) == 0
+        (path,) = tmp_path.glob("*/attention.json")
+        before = path.read_text()
+        capsys.readouterr()
+        assert cli.main([*arguments, "--peers", "sdpa", "--minutes", "1e-9"]) == 2
+        assert cli.main([*arguments, "--peers", "padfree"]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("nothing was measured") == 2 and "no GPU" in captured.out
+        assert path.read_text() == before
+
+    def test_a_lost_gpu_ends_the_run_with_what_was_saved(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail() -> None:
+            raise torch.AcceleratorError("illegal memory access")
+
+        def run_case(case: Case, *rest: object) -> list[Row]:
+            if case.seq == 24:
+                attention.admit(
+                    Peer("bad", lambda inputs, training: fail(), ""), make_inputs(case, CPU), None, False
+                )  # type: ignore[arg-type, return-value]
+            return [a_row("sdpa", 1.0, case.id)]
+
+        monkeypatch.setattr(torch.cuda, "synchronize", fail)
+        monkeypatch.setattr(attention, "run_case", run_case)
+        shapes = "B1-H1-D8-S16,B1-H1-D8-S24,B1-H1-D8-S32"
+        assert cli.main(["attention", "--quick", "--shapes", shapes, "--output", str(tmp_path)]) == 1
+        assert "illegal memory access" in capsys.readouterr().err
         result = load(next(tmp_path.glob("*/attention.json")))
-        assert result.rows == [] and len(result.not_reached) == 2
+        assert [row.seq for row in result.rows] == [None] and len(result.not_reached) == 2
+
+    def test_a_refused_launch_costs_its_row_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        assert first_line(torch.AcceleratorError("invalid argument")).endswith("invalid argument")
 
     def test_the_command_writes_tables_pictures_and_a_page(self, tmp_path: Path) -> None:
         shapes = "B2-H2-D8-S16,B2-H2-D8-S32"
@@ -225,6 +274,19 @@ class TestReadme:
 
     def test_without_a_gpu_file_it_says_not_measured_yet(self) -> None:
         assert "On a GPU: not measured yet" in readme.table([])
+
+    def test_rows_of_ours_alone_make_no_line(self) -> None:
+        ((_, result),) = results = self.results()
+        del result.rows[1:]
+        assert readme.HEAD not in readme.table(results)
+        result.rows[0] = a_row("sdpa", 1.0, result.rows[0].case)
+        assert readme.HEAD not in readme.table(results)
+
+    def test_skipped_rows_are_owned_up_to_where_they_stand(self) -> None:
+        ((_, result),) = results = self.results()
+        assert "leave rows at padding uncomputed" in readme.table(results)
+        result.rows[0] = a_row("padfree", 0.07, result.rows[0].case)
+        assert "uncomputed" not in readme.table(results)
 
     def test_a_changed_figure_is_noticed(self, tmp_path: Path) -> None:
         path = tmp_path / "README.md"

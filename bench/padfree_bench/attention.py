@@ -18,10 +18,11 @@ from padfree_bench.inputs import Inputs, make_inputs
 from padfree_bench.peers import Peer, Prepared, Refused, choose_peers
 from padfree_bench.results import NOT_RUN, OK, UPPER_BOUND, Result, Row
 from padfree_bench.session import Session, first_line
-from padfree_bench.timing import Call, Effort, capture_graph, measure
+from padfree_bench.timing import WAIT_US, Call, Effort, capture_graph, measure
 
 # A backward does 2.5 times the products of a forward: five instead of two.
 FLOP_FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+HOST_BOUND = "issued slower than the GPU was kept waiting: the time holds host time, trust graph_ms"
 AGAIN = " (again)"
 
 
@@ -49,8 +50,9 @@ def admit(peer: Peer, inputs: Inputs, truth: Truth, training: bool) -> Contender
     except Refused as refusal:
         return Contender(peer, reason=str(refusal))
     except Exception as error:  # noqa: BLE001 - a peer may fail in its own way; the suite goes on and the row says how
+        reason = first_line(error)
         release(inputs.device)
-        return Contender(peer, reason=first_line(error))
+        return Contender(peer, reason=reason)
     if not verdict.wrong:
         return Contender(peer, prepared, verdict)
     if peer.upper_bound:
@@ -204,6 +206,8 @@ def run_direction(
         if (graph := samples.get(f"{row.peer} graph")) is not None:
             row.graph_ms = graph.p50
         fill_speed(row, inputs, direction, ceilings)
+        if sample.host_us is not None and sample.host_us > WAIT_US:
+            row.reason = "; ".join(filter(None, [row.reason, HOST_BOUND]))
     calls.clear()
     release(device)
     return rows

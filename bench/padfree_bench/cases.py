@@ -1,5 +1,6 @@
 """The workloads: what a case is, the named groups of cases, and how a command line picks from them."""
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 
@@ -81,8 +82,17 @@ def quick_cases(device: str) -> list[Case]:
     return imdb + padding + length
 
 
+def choose_dtypes(text: str | None, default: str) -> list[str]:
+    """Comma-separated dtypes; ValueError for an unknown one."""
+    chosen = (text or default).split(",")
+    for name in chosen:
+        if name not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return chosen
+
+
 def choose_cases(device: str, shapes: str | None, dtypes: str | None, quick: bool) -> list[Case]:
-    """The cases a command line asks for, most telling first.
+    """The cases a command line asks for, most telling first; of all groups one in turn.
 
     Args:
         device: "cpu" or "cuda"; decides the sizes and the default dtypes.
@@ -93,13 +103,13 @@ def choose_cases(device: str, shapes: str | None, dtypes: str | None, quick: boo
     Raises:
         ValueError: an unknown group, a malformed shape or an unknown dtype.
     """
-    chosen_dtypes = dtypes.split(",") if dtypes else None
-    for name in chosen_dtypes or ():
-        if name not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    chosen_dtypes = choose_dtypes(dtypes, "") if dtypes else None
     groups = gpu_groups() if device == "cuda" else cpu_groups()
+    cases: list[Case]
     if shapes is None:
-        cases = quick_cases(device) if quick else [case for group in groups.values() for case in group]
+        # The first of every group, then the second: a run that is stopped early has points for every plot.
+        turns = itertools.zip_longest(*groups.values())
+        cases = quick_cases(device) if quick else [case for turn in turns for case in turn if case]
     else:
         cases = []
         for token in shapes.split(","):

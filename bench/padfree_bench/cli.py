@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-from padfree_bench.results import RESULTS
+from padfree_bench.results import RESULTS, DeviceLost
 
 # Owned by modules with their own options; imported only when asked for.
 OWN_OPTIONS = {
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="suite", required=True, metavar="COMMAND")
     for name, summary in SUITES.items():
         suite = commands.add_parser(name, help=summary, description=summary)
-        add_suite_options(suite)
+        add_suite_options(suite, name)
     for name, summary in HELP.items():
         commands.add_parser(name, help=summary, add_help=False)
     return top
@@ -51,25 +51,32 @@ def positive_minutes(text: str) -> float:
     return minutes
 
 
-def add_suite_options(suite: argparse.ArgumentParser) -> None:
-    """The options that every suite shares."""
-    suite.add_argument(
-        "--shapes", help="groups (imdb, full, padding, length, batch) or B64-H12-D64-S400-imdb-bf16, by comma"
-    )
+def add_suite_options(suite: argparse.ArgumentParser, name: str) -> None:
+    """The options that every suite shares, and those that mean something to this one."""
+    shapes = "groups (imdb, full, padding, length, batch) or B64-H12-D64-S400-imdb-bf16, by comma"
+    sizes = "model sizes, by comma; an unknown name lists them all"
+    suite.add_argument("--shapes", help=shapes if name in ("attention", "memory") else sizes)
     suite.add_argument("--dtypes", help="fp32, fp16, bf16, by comma")
     suite.add_argument("--peers", help="implementations by name, by comma; an unknown name lists them all")
-    suite.add_argument("--directions", help="forward, backward, both, by comma")
+    if name != "train":
+        models = "forward (inference), both (training), by comma"
+        suite.add_argument(
+            "--directions", help=models if name in ("encoder", "hf") else "forward, backward, both, by comma"
+        )
     suite.add_argument(
         "--quick", action="store_true", help="a handful of small cases; kept apart from full results"
     )
-    suite.add_argument(
-        "--twice", action="store_true", help="time every peer a second time under another name"
-    )
+    if name == "attention":
+        suite.add_argument(
+            "--twice", action="store_true", help="time every peer a second time under another name"
+        )
     suite.add_argument("--json", action="store_true", help="print the result file instead of the table")
     suite.add_argument(
         "--minutes", type=positive_minutes, help="start no further case after this many minutes"
     )
-    suite.add_argument("--label", help="part of the file name, to keep several runs of one suite apart")
+    suite.add_argument(
+        "--label", help="part of the file name; needed where options leave out a part of the suite"
+    )
     suite.add_argument("--output", default=str(RESULTS), help="folder for results (default: bench/results)")
 
 
@@ -85,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"python -m bench {options.suite}: {error}", file=sys.stderr)
         return 2
+    except DeviceLost as error:
+        print(f"stopped, the GPU takes no more work: {error}; the cases before are saved", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the cases measured so far are saved", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imdb_classifier.modeling import TextClassifier, TextClassifierConfig, TransformerLayer
+from padfree_bench.cases import choose_dtypes
 from padfree_bench.machine import pick_device
 from padfree_bench.models import (
     PAD,
@@ -156,15 +157,19 @@ def choose_cases(options: argparse.Namespace, device: torch.device) -> list[Mode
     batch = 64 if device.type == "cuda" else (8 if options.quick else 16)
     return [
         replace(SIZES[name], dtype=dtype, batch=batch)
-        for dtype in (options.dtypes or default).split(",")
+        for dtype in choose_dtypes(options.dtypes, default)
         for name in names
     ]
 
 
 def choose_modes(directions: str | None) -> list[str]:
-    """inference for forward, training for backward or both."""
+    """inference for forward, training for both; the backward alone is not timed."""
     from padfree_bench.attention import choose_directions
 
+    if directions and "backward" in directions.split(","):
+        raise ValueError(
+            "direction must be forward (inference) or both (training) of a model, got 'backward'"
+        )
     chosen = choose_directions(directions)
     return [mode for mode, wanted in (("inference", "forward"), ("training", "both")) if wanted in chosen]
 
@@ -174,8 +179,8 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     device = pick_device()
     cases = choose_cases(options, device)
     peers = choose_model_peers(PEERS, options.peers, device)
-    session = Session("encoder", options, command, {case.dtype for case in cases})
     modes = choose_modes(options.directions)
+    session = Session("encoder", options, command, {case.dtype for case in cases})
     return session.run(
         (case.id, lambda case=case: run_model_case(session, case, peers, REFERENCE, modes))  # type: ignore[misc]
         for case in cases

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from padfree_bench import machine
+from padfree_bench.cli import positive_minutes
 from padfree_bench.processes import run_limited, stop_on_sigterm
 from padfree_bench.results import RESULTS
 from padfree_bench.sanitizer_tool import TOOLS, find_compute_sanitizer
@@ -162,7 +163,10 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m bench gpu-check", description=__doc__)
     options.add_argument("--steps", help="names by comma; all when left out")
     options.add_argument(
-        "--minutes", type=float, default=8.5, help="start nothing and stop what runs after this many minutes"
+        "--minutes",
+        type=positive_minutes,
+        default=8.5,
+        help="start nothing and stop what runs after this many minutes",
     )
     options.add_argument("--cases", help="cases exported on another machine; made here when left out")
     options.add_argument("--output", default=str(RESULTS), help="folder for results (default: bench/results)")
@@ -189,6 +193,9 @@ def main(argv: list[str]) -> int:
                 file=sys.stderr,
             )
             return 2
+        # The cases that a step replays are made first.
+        if any(step.name in wanted and str(cases) in step.command for step in todo):
+            wanted.append("export")
         todo = [step for step in todo if step.name in wanted]
     stop_on_sigterm()
     path, environment = folder / "gpu-check.json", machine.environment(device, ["gpu-check", *argv])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from padfree_bench.cases import choose_dtypes
 from padfree_bench.encoder import check_padfree, choose_modes
 from padfree_bench.machine import pick_device
 from padfree_bench.models import (
@@ -124,7 +125,7 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     for name in names:
         if name not in SIZES:
             raise ValueError(f"shape must be one of {', '.join(SIZES)}, got {name!r}")
-    dtypes = (options.dtypes or ("bf16" if device.type == "cuda" else "fp32")).split(",")
+    dtypes = choose_dtypes(options.dtypes, "bf16" if device.type == "cuda" else "fp32")
     cases = [replace(SIZES[name], dtype=dtype) for dtype in dtypes for name in names]
     peers = choose_model_peers(PEERS, options.peers, device)
     modes = choose_modes(options.directions)

@@ -14,7 +14,7 @@ from padfree_bench.attention import (
     release,
     start_row,
 )
-from padfree_bench.cases import Case, choose_cases, cpu_groups, gpu_groups
+from padfree_bench.cases import Case, choose_cases, choose_dtypes, cpu_groups, gpu_groups
 from padfree_bench.check import compute_truth
 from padfree_bench.inputs import make_inputs
 from padfree_bench.peers import Peer
@@ -54,7 +54,8 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     if shapes is None:
         # A quick look needs two lengths, not the whole handful of the speed suite.
         sweep = (gpu_groups() if device_type == "cuda" else cpu_groups())["length"]
-        cases = [replace(case, batch=1) for case in sweep[:2]]
+        dtypes = choose_dtypes(options.dtypes, cases[0].dtype)
+        cases = [replace(case, batch=1, dtype=dtype) for dtype in dtypes for case in sweep[:2]]
     directions = choose_directions(options.directions or "forward,both")
     peers = peers_for(options.peers, torch.device(device_type))
     session = Session("memory", options, command, {case.dtype for case in cases})

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from padfree_bench.cli import positive_minutes
 from padfree_bench.processes import run_limited, stop_on_sigterm
 from padfree_bench.results import RESULTS
 
@@ -38,7 +39,7 @@ PARTS: dict[int, list[tuple[float, list[str]]]] = {
         (0.25, ["encoder"]),
         (0.15, ["hf"]),
         (0.25, attention("precision", "imdb", "fp32,fp16")),
-        (0.15, ["memory", "--peers", SWEEP_PEERS]),
+        (0.15, ["memory", "--label", "sweep", "--peers", SWEEP_PEERS]),
     ],
 }
 # Together under nine: the suites, a case that has started, and the page.
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench plan", description=__doc__)
     parser.add_argument("--part", type=int, choices=sorted(PARTS), required=True)
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"time for the part's cases ({MINUTES})"
+        "--minutes", type=positive_minutes, default=MINUTES, help=f"time for the part's cases ({MINUTES})"
     )
     parser.add_argument("--quick", action="store_true", help="rehearse with small cases")
     parser.add_argument("--output", default=str(RESULTS), help="folder for results (default: bench/results)")

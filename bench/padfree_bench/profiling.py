@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from padfree_bench.results import Row
+from padfree_bench.session import first_line
 
 MIB = 2**20
 SYNC_CALLS = (
@@ -50,7 +51,7 @@ def fill_launches(row: Row, call: Callable[[], object]) -> None:
     try:
         seen = count_launches(call)
     except Exception as error:  # noqa: BLE001 - CUPTI is refused in many ways
-        row.reason = f"launches not counted: {type(error).__name__}: {str(error)[:100]}"
+        row.reason = f"launches not counted: {first_line(error)}"
         return
     row.launches, row.syncs = seen.launches, seen.syncs
     row.ran = f"{row.ran} ({seen.kernel[:60]})" if seen.kernel else row.ran

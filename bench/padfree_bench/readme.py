@@ -6,6 +6,7 @@ from padfree_bench.results import OK, Result, Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = ("padfree-skip", "padfree", "padfree-qkv", "ours-padfree", "ours-sdpa")
+SKIPS = ("padfree-skip", "padfree-qkv")
 PACKED = ("varlen_attn", "flash-attn", "xformers", "nested")
 HEADLINE = {
     ("attention", "B64-H12-D64-S400-imdb-bf16", "forward"),
@@ -51,12 +52,12 @@ def _lines(result: Result) -> list[str]:
 def _line(result: Result, case: str, direction: str, rows: list[Row]) -> str:
     """One case: the usual choice, the fastest that is not ours and takes the same padded input, and ours."""
     by_name = {row.peer: row for row in rows}
-    baseline = next((by_name[name] for name in ("notebook", "sdpa") if name in by_name), rows[0])
     ours = next((by_name[name] for name in OURS if name in by_name), None)
     others = [row for row in rows if not row.peer.startswith(("padfree", "ours")) and row.peer not in PACKED]
-    best = min(others, key=lambda row: row.ms_p50 or 0)
-    if ours is None:
+    if ours is None or not others:
         return ""
+    baseline = next((by_name[name] for name in ("notebook", "sdpa") if name in by_name), others[0])
+    best = min(others, key=lambda row: row.ms_p50 or 0)
     name = f"{result.device}: {_suite(result)} {case}, {direction}"
     figures = [f"{row.peer} {row.ms_p50:.4g} ms" for row in (baseline, best)]
     mine = f"**{ours.peer} {ours.ms_p50:.4g} ms** [{ours.ms_p20:.4g}, {ours.ms_p80:.4g}]"
@@ -71,10 +72,15 @@ def _sources(results: list[tuple[str, Result]]) -> str:
         f"commit {str(result.environment.get('commit'))[:10]}, `bench/results/{folder}/{result.suite}.json`)"
         for folder, result in used
     )
+    skips = any(f"**{name} " in line for _, result in used for line in _lines(result) for name in SKIPS)
     return (
-        "Medians [p20, p80] of one run each; bold is ours, also where it loses. Made by "
-        + "; ".join(sources)
-        + "."
+        "Medians [p20, p80] of one run each; bold is ours, also where it loses. "
+        + (
+            f"{' and '.join(SKIPS)} leave rows at padding uncomputed, all others compute them. "
+            if skips
+            else ""
+        )
+        + f"Made by {'; '.join(sources)}."
     )
 
 

@@ -12,6 +12,10 @@ SCHEMA = 1
 OK, UPPER_BOUND, NOT_RUN = "ok", "upper bound", "not run"
 
 
+class DeviceLost(Exception):
+    """After this error the GPU fails every call of this process."""
+
+
 @dataclass
 class Row:
     """One implementation on one case in one direction; figures are None where it did not run.

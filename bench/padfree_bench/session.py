@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from padfree_bench import machine
 from padfree_bench.ceilings import Ceilings, measure_ceilings
-from padfree_bench.results import NOT_RUN, Result, Row, cell, grouped, save, to_json
+from padfree_bench.results import NOT_RUN, DeviceLost, Result, Row, cell, grouped, save, to_json
 from padfree_bench.timing import Effort, own_stream
 
 MAIN_COLUMNS = (
@@ -36,11 +36,23 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """One line that says what went wrong, for a row."""
+    """One line that says what went wrong, for a row; DeviceLost where no later row could be measured either."""
     if out_of_memory(error):
         return "out of memory"
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text[:200]}"
+    line = f"{type(error).__name__}: {text[:200]}"
+    if isinstance(error, torch.AcceleratorError) and _device_is_lost():
+        raise DeviceLost(line) from error
+    return line
+
+
+def _device_is_lost() -> bool:
+    """Whether an error, such as an illegal access, is there to stay; a refused launch or capture is not."""
+    try:
+        torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        return True
+    return False
 
 
 class Session:
@@ -52,6 +64,7 @@ class Session:
     def __init__(
         self, suite: str, options: argparse.Namespace, command: list[str], dtypes: Iterable[str]
     ) -> None:
+        refuse_to_replace(options)
         self.options = options
         self.device = machine.pick_device()
         self.effort = Effort.of(options.quick)
@@ -62,6 +75,7 @@ class Session:
         self.folder = Path(options.output) / (f"{slug}-quick" if options.quick else slug)
         self.ceilings: Ceilings = measure_ceilings(self.device, set(dtypes))
         self.result.ceilings = asdict(self.ceilings)
+        self.lost: DeviceLost | None = None
 
     def run(self, cases: Iterable[tuple[str, Callable[[], list[Row]]]]) -> Result:
         """Measure each (name, function that returns its rows) until done or out of time; then print the table."""
@@ -71,15 +85,33 @@ class Session:
             tqdm(todo, desc=self.result.suite, file=sys.stderr, disable=None) as progress,
         ):
             for name, measure_case in progress:
-                if time.monotonic() > self.deadline:
+                if self.lost or time.monotonic() > self.deadline:
                     self.result.not_reached.append(name)
                     continue
                 progress.set_postfix_str(name)
-                self.result.rows += measure_case()
+                try:
+                    self.result.rows += measure_case()
+                except DeviceLost as error:
+                    self.lost = error
+                    self.result.not_reached.append(name)
                 self._save()
         self.result.environment["clocks_after"] = machine.clocks()
         self._save()
         print(to_json(self.result) if self.options.json else terminal_table(self.result))
+        self._draw()
+        if self.lost:
+            raise self.lost
+        return self.result
+
+    @property
+    def measured(self) -> bool:
+        return any(row.status != NOT_RUN for row in self.result.rows)
+
+    def _draw(self) -> None:
+        if not self.measured:
+            if self.lost:
+                return
+            raise ValueError("nothing was measured; files of earlier runs are left as they were")
         from padfree_bench.plots import draw_all  # matplotlib takes a second to import
 
         pictures = draw_all(self.result, self.folder / "plots")
@@ -88,10 +120,20 @@ class Session:
             print(
                 f"drew {len(pictures)} pictures in {self.folder / 'plots'}, as .png and .svg", file=sys.stderr
             )
-        return self.result
 
     def _save(self) -> None:
-        save(self.result, self.folder)
+        if self.measured:
+            save(self.result, self.folder)
+
+
+def refuse_to_replace(options: argparse.Namespace) -> None:
+    """ValueError where a part of a suite would replace the file of the whole."""
+    left_out = [name for name in ("shapes", "dtypes", "peers", "directions") if getattr(options, name, None)]
+    if left_out and not options.label and not options.quick:
+        named = ", ".join(f"--{name}" for name in left_out)
+        raise ValueError(
+            f"{named} must come with --label, so that a part does not replace the whole suite's file"
+        )
 
 
 def terminal_table(result: Result) -> str:

@@ -17,7 +17,7 @@ Call = Callable[[], object]
 FLUSH_BYTES = 256 * 2**20
 # About half a millisecond in which the host queues the call under test, so that its events enclose the GPU's work
 # and not the host's; that is `host_us`.
-WAIT_CYCLES = 1_000_000
+WAIT_CYCLES, WAIT_US = 1_000_000, 500
 LOWER, UPPER = 20, 80
 
 

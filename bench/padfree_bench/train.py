@@ -15,7 +15,7 @@ import torch
 
 from imdb_classifier.modeling import TextClassifier, TextClassifierConfig
 from padfree_bench import profiling
-from padfree_bench.cases import DTYPES
+from padfree_bench.cases import DTYPES, choose_dtypes
 from padfree_bench.encoder import check_padfree
 from padfree_bench.lengths import imdb_lengths
 from padfree_bench.machine import pick_device
@@ -194,7 +194,7 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     for preset in presets:
         if preset not in PRESETS:
             raise ValueError(f"shape must be one of {', '.join(PRESETS)}, got {preset!r}")
-    dtypes = (options.dtypes or ("bf16,fp32" if gpu else "fp32")).split(",")
+    dtypes = choose_dtypes(options.dtypes, "bf16,fp32" if gpu else "fp32")
     size, count = (64, 20) if gpu else (16, 4) if options.quick else (64, 8)
     session = Session("train", options, command, set(dtypes))
     return session.run(

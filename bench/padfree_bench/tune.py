@@ -27,6 +27,7 @@ from padfree_bench import machine
 from padfree_bench.aot import Arch, arch_number, parse_arch, why_not_compile
 from padfree_bench.aot_calls import Target, only_config, roads_of
 from padfree_bench.aot_facts import facts_of_target
+from padfree_bench.cli import positive_minutes
 from padfree_bench.cost_model import predict
 from padfree_bench.lengths import make_lengths
 from padfree_bench.processes import pool, stop_on_sigterm
@@ -255,7 +256,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--arch", default="90", help="what to predict for without a GPU; default 90")
     options.add_argument(
-        "--minutes", type=float, default=8.5, help="ask nothing more after this many minutes"
+        "--minutes", type=positive_minutes, default=8.5, help="ask nothing more after this many minutes"
     )
     options.add_argument("--output", default=str(RESULTS), help="folder for results")
     return options
