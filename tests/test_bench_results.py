@@ -200,13 +200,20 @@ class TestResults:
         assert captured.err.count("nothing was measured") == 2 and "no GPU" in captured.out
         assert path.read_text() == before
 
+    @pytest.mark.parametrize("found_by", ["check", "clock"])
     def test_a_lost_gpu_ends_the_run_with_what_was_saved(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        found_by: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         def fail() -> None:
             raise torch.AcceleratorError("illegal memory access")
 
         def run_case(case: Case, *rest: object) -> list[Row]:
+            if case.seq == 24 and found_by == "clock":
+                fail()
             if case.seq == 24:
                 attention.admit(
                     Peer("bad", lambda inputs, training: fail(), ""), make_inputs(case, CPU), None, False

@@ -91,8 +91,9 @@ class Session:
                 progress.set_postfix_str(name)
                 try:
                     self.result.rows += measure_case()
-                except DeviceLost as error:
-                    self.lost = error
+                except (DeviceLost, torch.AcceleratorError) as error:
+                    # The second where it first shows while the clock runs.
+                    self.lost = DeviceLost(str(error).partition("\n")[0])
                     self.result.not_reached.append(name)
                 self._save()
         self.result.environment["clocks_after"] = machine.clocks()
