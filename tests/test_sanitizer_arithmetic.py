@@ -146,3 +146,28 @@ def test_rounding_to_bf16_and_tf32_is_to_nearest_even_for_every_class_of_value()
     assert (np.abs(fp32_to_tf32(finite) / finite - 1) <= 2**-11).all()
     ties = fp32_to_tf32(np.array([1 + 2**-11, 1 + 3 * 2**-11], dtype=np.float32))
     assert ties.tolist() == [1.0, 1 + 2**-9]
+
+
+@triton.jit
+def contraction_kernel(x_ptr, y_ptr, z_ptr, out_ptr):
+    i = tl.arange(0, 16)
+    x, y, z = tl.load(x_ptr + i), tl.load(y_ptr + i), tl.load(z_ptr + i)
+    tl.store(out_ptr + i, x * y - z)
+    tl.store(out_ptr + 16 + i, z + x * y)
+    tl.store(out_ptr + 32 + i, tl.maximum(x, y))
+    tl.store(out_ptr + 48 + i, tl.minimum(x, y))
+
+
+def test_a_product_and_a_sum_are_rounded_once_and_maxima_drop_nan() -> None:
+    """So does compiled code: fma.rn.f32, max.f32, min.f32. The interpreter alone rounds twice and keeps NaN."""
+    x, y = torch.rand(2, 16) + 1
+    z, out = x * y, torch.zeros(64)
+    with sanitize():
+        contraction_kernel[(1,)](x, y, z, out)
+    exact = x.double() * y.double()
+    assert torch.equal(out[:16], (exact - z.double()).float()) and out[:16].abs().max() > 0
+    assert torch.equal(out[16:32], (exact + z.double()).float())
+    x[3], y[5] = float("nan"), float("nan")
+    with sanitize():
+        contraction_kernel[(1,)](x, y, z, out)
+    assert torch.equal(out[32:48], torch.fmax(x, y)) and torch.equal(out[48:], torch.fmin(x, y))

@@ -12,6 +12,7 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
 
+from ._contraction import CONTRACTION_HOOKS
 from ._launch import Launch, ProgramIndex
 from ._memory import ADDRESS_MASK
 from ._precision import BF16_HOOKS, BF16_NAN, create_atomic_rmw, create_dot, create_dot_with_tf32
@@ -190,7 +191,7 @@ def sanitize(
         raise RuntimeError(f"the sanitizer supports Triton 3.6 and 3.7, got {triton.__version__}")
     chosen = None if programs is None or callable(programs) else list(programs)
     sanitizer = Sanitizer(seed, programs if callable(programs) else lambda kernel, grid: chosen, tf32)
-    with _installed([*BF16_HOOKS, *REDUCE_HOOKS, *SPEED_HOOKS, *sanitizer.hooks()]):
+    with _installed([*BF16_HOOKS, *CONTRACTION_HOOKS, *REDUCE_HOOKS, *SPEED_HOOKS, *sanitizer.hooks()]):
         yield sanitizer.report
 
 
