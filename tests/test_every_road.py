@@ -372,3 +372,27 @@ def test_the_lse_alone_gives_the_gradient_it_gives_beside_a_zero_one() -> None:
     assert torch.equal(
         alone, torch.autograd.grad([out, lse], query, [torch.zeros_like(out), inputs.d_lse])[0]
     )
+
+
+def test_what_lies_beyond_the_longest_length_given_takes_no_part() -> None:
+    """A wrong max_seqlen cannot be reported, but its rows are 0 and the other gradients those of the shorter sequence."""
+    lengths, most = torch.tensor([70, 20]), 40
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    kept = torch.cat([torch.arange(40), torch.arange(70, 90)])
+    cut = torch.tensor([0, 40, 60], dtype=torch.int32)
+    query, key, value, d_out = (noise(90, 2, 16, seed=s).half() for s in range(4))
+
+    def results(rows: Tensor, offsets: Tensor) -> list[Tensor]:
+        leaves = [x[rows].requires_grad_() for x in (query, key, value)]
+        out = padfree.attention_varlen(*leaves, offsets, offsets, most, most, impl="triton")
+        return [out, *torch.autograd.grad(out, leaves, d_out[rows])]
+
+    for got, wanted in zip(results(torch.arange(90), cu), results(kept, cut), strict=True):
+        assert torch.equal(got[kept], wanted)
+        assert not got[40:70].any()
+
+
+def test_the_output_may_be_changed_in_place() -> None:
+    inputs = make_inputs(1, 2, 8, 8, 16, dtype=HALF)
+    out = KERNEL(inputs.query.requires_grad_(), inputs.key, inputs.value)
+    assert torch.equal(out.detach() * 2, out.mul_(2))

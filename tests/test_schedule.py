@@ -47,7 +47,7 @@ def test_visited_tiles_equal_the_model_in_every_pass(sanitizer_report, device, p
     mask = torch.zeros(2, length, dtype=torch.bool) if mask is None else mask
     for passname in KERNELS:
         # grouped heads make that pass, and no other, walk in half steps
-        config = choose(passname, dtype, 16, length, device, halvings=int(passname == "key_gradient"))
+        config = choose(passname, dtype, 16, length, device, extras=int(passname == "key_gradient"))
         counted = visited_tiles(
             mask, length, config.block_m, config.block_n, window=window, skip_padded_queries=skip
         )

@@ -12,10 +12,13 @@ from padfree._configs import Config
 from padfree._launch import Call
 from padfree._tiles import (
     apply_attn_mask,
+    drop,
     dropout_keep,
+    dropout_stream,
     head_offset,
     hide,
     in_window,
+    load_attn_mask,
     load_keep_n,
     load_lse2,
     load_tile,
@@ -45,13 +48,12 @@ def attn_mask_gradient_kernel(
     h_stop = tl.where(mask_heads == heads, mask_h + 1, heads)
     m_stop = tl.where(mask_rows == num_queries, tile_m * BLOCK_M + 1, num_queries)
     n_stop = tl.where(mask_keys == num_keys, tile_n * BLOCK_N + 1, num_keys)
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for b32 in range(mask_b, b_stop):
         for h32 in range(mask_h, h_stop):
             b, h = tl.cast(b32, tl.int64), tl.cast(h32, tl.int64)
-            bh = (b * heads + h).to(tl.int32)
+            stream = None if seed_ptr is None else dropout_stream(seed_ptr, (b * heads + h).to(tl.int32))
             q_head = q_ptr + head_offset(q_strides, b, h, 0, ALIGN)
             k_head = k_ptr + head_offset(k_strides, b, h // GROUP, 0, ALIGN)
             v_head = v_ptr + head_offset(v_strides, b, h // GROUP, 0, ALIGN)
@@ -76,15 +78,17 @@ def attn_mask_gradient_kernel(
                     k = load_tile(k_head, n_first, k_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
                     v = load_tile(v_head, n_first, v_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
                     keep = keep_n[None, :] & live_m[:, None]
-                    scores, factor = apply_attn_mask(
-                        tl.dot(q, tl.trans(k), input_precision=PRECISION), scale2, attn_mask_head,
-                        attn_mask_strides, m[:, None], n[None, :], keep, IS_BIAS,
-                    )  # fmt: skip
+                    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                    # After the dot: the sum is stored in the mask's own layout, and no softmax wants the other.
+                    attn_mask = load_attn_mask(
+                        attn_mask_head, attn_mask_strides, m[:, None], n[None, :], keep, IS_BIAS
+                    )
+                    scores, factor = apply_attn_mask(scores, scale2, attn_mask, IS_BIAS)
                     scores = hide(scores, in_window(keep, m[:, None], n[None, :], window_left, window_right))
                     d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
-                    if seed is not None:
-                        kept = dropout_keep(seed, bh, m[:, None], n[None, :], dropout_p)
-                        d_probs = tl.where(kept, d_probs / (1.0 - dropout_p), 0.0)
+                    if stream is not None:
+                        kept = dropout_keep(stream, m[:, None], n[None, :], dropout_p)
+                        d_probs = drop(d_probs, kept, dropout_p)
                     probs = tl.exp2(scores * factor - lse2[:, None])
                     probs *= inverse[:, None]
                     total += probs * (d_probs - delta[:, None])

@@ -34,6 +34,9 @@ def check_attention(
     if key.shape[0] != batch:
         raise ValueError(f"key must have query's batch size {batch}, got {key.shape[0]}")
     _check_heads(heads, kv_heads)
+    for name, length in (("query", rows), ("key", keys)):
+        if length > MAX_LENGTH:
+            raise ValueError(f"{name} must have at most 2**30 positions, got {length}")
     if key_padding_mask is not None:
         check_padding_mask(key_padding_mask, batch, keys, query.device)
     if attn_mask is not None:

@@ -105,7 +105,12 @@ TABLE: dict[Key, list[Row]] = {
     ],
     ("key_gradient", "half", 128): [
         Row(Config(32, 32, 8, 1), _CDNA, arch=(GFX942,)),
-        Row(Config(32, 64, 8, 2), "dK and dV of 128 columns fill 8 warps' registers"),
+        Row(
+            Config(32, 128, 8, 2),
+            "dK and dV of 128 columns fill 8 warps' registers, which share no fewer than 128 rows",
+            arch=(90, 100, 103),
+        ),
+        Row(Config(32, 64, 8, 2), "128 rows spill there"),
     ],
     ("key_gradient", "half", 256): [
         Row(Config(16, 32, 8, 1), _CDNA, arch=(GFX942,)),
@@ -124,6 +129,7 @@ TABLE: dict[Key, list[Row]] = {
     ],
     ("attn_mask_gradient", "half", 16): [
         Row(Config(32, 32, 8, 1), _CDNA, arch=(GFX942,)),
+        Row(Config(64, 64, 8, 1), "32 rows keep 56 bytes on the stack there at a head_dim of 8", arch=(90,)),
         Row(Config(32, 64, 4, 1), "8 warps keep 48 bytes on the stack there", arch=(100, 103)),
         Row(Config(32, 64, 8, 1), _TWO_STATES),
     ],
@@ -143,7 +149,9 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(32, 16, 8, 1), "32 keys keep 16 bytes on the stack there", arch=(90,)),
         Row(Config(32, 32, 8, 1), _IEEE),
     ],
-    ("attn_mask_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
+    ("attn_mask_gradient", "float", 128): [
+        Row(Config(32, 16, 8, 1), _IEEE + "; 16 rows keep 8 bytes on the stack")
+    ],
     ("attn_mask_gradient", "float", 256): [
         Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
         Row(Config(16, 16, 8, 1), _IEEE),
@@ -189,21 +197,28 @@ def choose(
     length: int,
     device: torch.device,
     *,
-    halvings: int = 0,
+    extras: int = 0,
+    unaligned: bool = False,
 ) -> Config:
     """The table's configuration for one call. `length` is the padded (or maximal) number of keys.
 
-    What attn_mask, dropout, unaligned rows and the like hold beside a tile of scores would spill. Such a call asks
-    for `halvings`: it walks a short sequence's tiles in steps halved that often, with the registers of more warps
-    except where fp32 dots hold few outputs a thread already.
+    Each of the `extras` (attn_mask, dropout, a wide window or grouped heads, unaligned rows) holds registers beside a
+    tile of scores. A call with any walks a short sequence's tiles in half steps, quarter ones if rows are unaligned and
+    something else is held. Several, or unaligned rows, also take the registers of 8 warps in half precision, although
+    those of a 64-row tile then compute everything twice: right and rare, not fast.
     """
-    length, kind = 0 if halvings else length, dtype_kind(dtype)
+    length, kind = 0 if extras else length, dtype_kind(dtype)
     config = _choose(passname, kind, padded_head_dim(head_dim), length, architecture(device))
-    if not halvings or passname not in WALKS:
+    if not extras or passname not in WALKS:
         return config
-    warps = config.num_warps if kind == "float" and passname != "single_query" else 8
+    halvings = 2 if unaligned and extras > 1 else 1
+    more_warps = passname == "single_query" or (kind == "half" and (extras > 1 or unaligned))
     step = max(16, getattr(config, WALKS[passname]) >> halvings)
-    return config._replace(**{WALKS[passname]: step}, num_warps=warps, num_stages=min(2, config.num_stages))
+    return config._replace(
+        **{WALKS[passname]: step},
+        num_warps=8 if more_warps else config.num_warps,
+        num_stages=min(2, config.num_stages),
+    )
 
 
 @lru_cache(maxsize=1024)

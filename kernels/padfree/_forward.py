@@ -15,6 +15,7 @@ from padfree._tiles import (
     FULL,
     HOLES,
     dropout_keep,
+    dropout_stream,
     head_offset,
     keys_of_rows,
     load_keep_n,
@@ -28,9 +29,9 @@ from padfree._tiles import (
 
 @triton.jit
 def attend(
-    acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+    acc, row_max, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
     k_strides, v_strides, mask_stride_n, attn_mask_strides,
-    lo, hi, stop, m, live_m, bh, factor, dropout_p, window_left, window_right,
+    lo, hi, stop, m, live_m, factor, dropout_p, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -45,15 +46,16 @@ def attend(
                 q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
                 window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES,
             )  # fmt: skip
-            probs, row_max2, row_sum, rescale = online_softmax_step(
-                row_max2, row_sum, scores, tile_factor, TILES != FULL or attn_mask_ptr is not None
-            )
-            if seed is not None:
-                probs = tl.where(dropout_keep(seed, bh, m[:, None], n[None, :], dropout_p), probs, 0.0)
+            probs, row_max, row_sum, rescale = online_softmax_step(
+                row_max, row_sum, scores, tile_factor, TILES != FULL or attn_mask_ptr is not None,
+                q.dtype == tl.float32,
+            )  # fmt: skip
+            if stream is not None:
+                probs = tl.where(dropout_keep(stream, m[:, None], n[None, :], dropout_p), probs, 0.0)
             v_keep = None if TILES == FULL else keep_n
             v = load_tile(v_ptr, start, v_strides, v_keep, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
             acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, row_max2, row_sum
+    return acc, row_max, row_sum
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def attention_forward_kernel(
         mask_ptr += b * mask_strides[0]
     if attn_mask_ptr is not None:
         attn_mask_ptr += b * attn_mask_strides[0] + h * attn_mask_strides[1]
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
+    stream = None if seed_ptr is None else dropout_stream(seed_ptr, bh)
 
     m_first = tile * BLOCK_M
     m_last = tl.minimum(m_first + BLOCK_M, rows) - 1
@@ -96,32 +98,32 @@ def attention_forward_kernel(
 
     q = load_tile(q_ptr, m_first, q_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    row_max2 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     if mask_ptr is not None:
-        acc, row_max2, row_sum = attend(
-            acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+        acc, row_max, row_sum = attend(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
             k_strides, v_strides, mask_strides[1], attn_mask_strides,
-            lo, holes_hi, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+            lo, holes_hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
             HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=HOLES,
         )  # fmt: skip
     if window_left is not None:
-        acc, row_max2, row_sum = attend(
-            acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+        acc, row_max, row_sum = attend(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
             k_strides, v_strides, mask_strides[1], attn_mask_strides,
-            lo, full_lo, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+            lo, full_lo, stop, m, live_m, scale2, dropout_p, window_left, window_right,
             HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=EDGE,
         )  # fmt: skip
-    acc, row_max2, row_sum = attend(
-        acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+    acc, row_max, row_sum = attend(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
         k_strides, v_strides, mask_strides[1], attn_mask_strides,
-        full_lo, full_hi, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+        full_lo, full_hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
         HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=FULL,
     )  # fmt: skip
-    acc, row_max2, row_sum = attend(
-        acc, row_max2, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+    acc, row_max, row_sum = attend(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
         k_strides, v_strides, mask_strides[1], attn_mask_strides,
-        full_hi, hi, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+        full_hi, hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
         HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=EDGE,
     )  # fmt: skip
 
@@ -129,9 +131,11 @@ def attention_forward_kernel(
     live_m = live_m & (row_sum != 0.0)
     kept = 1.0 if seed_ptr is None else 1.0 - dropout_p
     row_sum = tl.where(live_m, row_sum, 1.0)
-    out = tl.where(live_m[:, None], acc / (row_sum * kept)[:, None], 0.0)
+    # One reciprocal a row: a division an element took a quarter of a program's instructions outside of its loops.
+    out = tl.where(live_m[:, None], acc, 0.0) * (1.0 / (row_sum * kept))[:, None]
     store_tile(out_ptr, out, m_first, out_strides, in_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
-    lse2 = tl.where(live_m, row_max2 + tl.log2(row_sum), float("-inf"))
+    factor = 1.0 if attn_mask_ptr is not None and IS_BIAS else scale2
+    lse2 = tl.where(live_m, row_max * factor + tl.log2(row_sum), float("-inf"))
     tl.store(lse2_ptr + m, lse2, mask=in_m)
 
 

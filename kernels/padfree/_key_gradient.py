@@ -12,10 +12,13 @@ from padfree._configs import Config
 from padfree._launch import Call
 from padfree._tiles import (
     apply_attn_mask,
+    drop,
     dropout_keep,
+    dropout_stream,
     head_offset,
     hide,
     in_window,
+    load_attn_mask,
     load_keep_n,
     load_lse2,
     load_tile,
@@ -28,9 +31,9 @@ from padfree._tiles import (
 
 @triton.jit
 def accumulate_dkv(
-    dk, dv, k, v, q_ptr, d_out_ptr, lse2_ptr, delta_ptr, inverse_ptr, attn_mask_ptr, seed,
+    dk, dv, k, v, q_ptr, d_out_ptr, lse2_ptr, delta_ptr, inverse_ptr, attn_mask_ptr, stream,
     q_strides, d_out_strides, attn_mask_strides,
-    lo, hi, n, in_n, bh, factor, dropout_p, window_left, window_right,
+    lo, hi, n, in_n, factor, dropout_p, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, IS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -48,13 +51,15 @@ def accumulate_dkv(
             lse2, live_m, delta = tl.load(lse2_ptr + m), None, tl.load(delta_ptr + m)
         q = load_tile(q_ptr, start, q_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
         d_out = load_tile(d_out_ptr, start, d_out_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        tile_factor = factor
+        tile_factor, attn_mask = factor, None
         if attn_mask_ptr is not None:
-            scores, tile_factor = apply_attn_mask(
-                scores, factor, attn_mask_ptr, attn_mask_strides, m[None, :], n[:, None],
-                in_n[:, None] & (m < hi)[None, :], IS_BIAS,
-            )  # fmt: skip
+            in_nm = in_n[:, None] & (m < hi)[None, :]
+            attn_mask = load_attn_mask(
+                attn_mask_ptr, attn_mask_strides, m[None, :], n[:, None], in_nm, IS_BIAS
+            )
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if attn_mask_ptr is not None:
+            scores, tile_factor = apply_attn_mask(scores, factor, attn_mask, IS_BIAS)
         if MASKED and (window_left is not None or window_right is not None):
             scores = hide(scores, in_window(in_n[:, None], m[None, :], n[:, None], window_left, window_right))
         probs = tl.exp2(scores * tile_factor - lse2[None, :])
@@ -62,10 +67,10 @@ def accumulate_dkv(
             probs *= tl.load(inverse_ptr + m, mask=m < hi, other=1.0)[None, :]
         d_probs = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
         dropped = probs
-        if seed is not None:
-            kept = dropout_keep(seed, bh, m[None, :], n[:, None], dropout_p)
-            dropped = tl.where(kept, probs / (1.0 - dropout_p), 0.0)
-            d_probs = tl.where(kept, d_probs / (1.0 - dropout_p), 0.0)
+        if stream is not None:
+            kept = dropout_keep(stream, m[None, :], n[:, None], dropout_p)
+            dropped = drop(probs, kept, dropout_p)
+            d_probs = drop(d_probs, kept, dropout_p)
         dv = tl.dot(dropped.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
         d_scores = probs * (d_probs - delta[None, :])
         dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -98,7 +103,6 @@ def key_gradient_kernel(
     dv_ptr += head_offset(dv_strides, b, kv_h, k_start, ALIGN)
     if mask_ptr is not None:
         mask_ptr += b * mask_strides[0]
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
 
     first, stop, holes = visible_span(mask_ptr, mask_strides[1], keys)
     n_first = tile * BLOCK_N
@@ -130,24 +134,24 @@ def key_gradient_kernel(
         mask_head = attn_mask_ptr
         if attn_mask_ptr is not None:
             mask_head = attn_mask_ptr + b * attn_mask_strides[0] + h * attn_mask_strides[1]
-        bh = (b * heads + h).to(tl.int32)
+        stream = None if seed_ptr is None else dropout_stream(seed_ptr, (b * heads + h).to(tl.int32))
         if window_right is not None:
             dk, dv = accumulate_dkv(
-                dk, dv, k, v, q_head, d_out_head, lse2_head, delta_head, inverse_head, mask_head, seed,
+                dk, dv, k, v, q_head, d_out_head, lse2_head, delta_head, inverse_head, mask_head, stream,
                 q_strides, d_out_strides, attn_mask_strides,
-                lo, full_lo, n, in_n, bh, scale2, dropout_p, window_left, window_right,
+                lo, full_lo, n, in_n, scale2, dropout_p, window_left, window_right,
                 HEAD_DIM, BLOCK_D, BLOCK_M, IS_BIAS, PRECISION, ALIGN, MASKED=True,
             )  # fmt: skip
         dk, dv = accumulate_dkv(
-            dk, dv, k, v, q_head, d_out_head, lse2_head, delta_head, inverse_head, mask_head, seed,
+            dk, dv, k, v, q_head, d_out_head, lse2_head, delta_head, inverse_head, mask_head, stream,
             q_strides, d_out_strides, attn_mask_strides,
-            full_lo, full_hi, n, in_n, bh, scale2, dropout_p, window_left, window_right,
+            full_lo, full_hi, n, in_n, scale2, dropout_p, window_left, window_right,
             HEAD_DIM, BLOCK_D, BLOCK_M, IS_BIAS, PRECISION, ALIGN, MASKED=False,
         )  # fmt: skip
         dk, dv = accumulate_dkv(
-            dk, dv, k, v, q_head, d_out_head, lse2_head, delta_head, inverse_head, mask_head, seed,
+            dk, dv, k, v, q_head, d_out_head, lse2_head, delta_head, inverse_head, mask_head, stream,
             q_strides, d_out_strides, attn_mask_strides,
-            full_hi, hi, n, in_n, bh, scale2, dropout_p, window_left, window_right,
+            full_hi, hi, n, in_n, scale2, dropout_p, window_left, window_right,
             HEAD_DIM, BLOCK_D, BLOCK_M, IS_BIAS, PRECISION, ALIGN, MASKED=True,
         )  # fmt: skip
     dk = tl.where(keep_n[:, None], dk * scale, 0.0)

@@ -64,11 +64,11 @@ class Call:
         wide_window = (self.left, self.right) != (OPEN, OPEN) and head_dim > 64
         # dk and dv are held across the query heads that share them
         grouped = passname == "key_gradient" and self.heads != self.kv_heads
-        holds_more = self.attn_mask is not None or self.seed is not None or wide_window or grouped
         # Strides have no say: another layout of the same numbers must give the same bits.
         unaligned = head_dim % 8 != 0
+        extras = (self.attn_mask is not None) + (self.seed is not None) + (wide_window or grouped) + unaligned
         return choose(
-            passname, query.dtype, head_dim, self.max_k, query.device, halvings=holds_more + unaligned
+            passname, query.dtype, head_dim, self.max_k, query.device, extras=extras, unaligned=unaligned
         )
 
     def _side(self, side: int) -> int | None:
@@ -166,8 +166,10 @@ def row_alignment(*tensors: Tensor) -> int:
 
 def heads_last(like: Tensor) -> Tensor:
     """An empty tensor of this [B,H,S,D] shape held in memory as [B,S,H,D], so that merging heads is free."""
-    batch, heads, rows, head_dim = like.shape
-    return like.new_empty(batch, rows, heads, head_dim).transpose(1, 2)
+    _, heads, rows, head_dim = like.shape
+    # No transposed view: what an autograd.Function returns as a view may not be changed in place.
+    strides = (rows * heads * head_dim, head_dim, heads * head_dim, 1)
+    return like.new_empty_strided(like.shape, strides)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -15,7 +15,9 @@ from padfree._tiles import (
     FULL,
     HOLES,
     LOG2E,
+    drop,
     dropout_keep,
+    dropout_stream,
     head_offset,
     keys_of_rows,
     load_keep_n,
@@ -30,9 +32,9 @@ from padfree._tiles import (
 
 @triton.jit
 def accumulate_dq(
-    dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+    dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
     k_strides, v_strides, mask_stride_n, attn_mask_strides,
-    lo, hi, stop, m, live_m, bh, factor, dropout_p, window_left, window_right,
+    lo, hi, stop, m, live_m, factor, dropout_p, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, ALIGN: tl.constexpr, ROW_SUMS: tl.constexpr, REFINE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -54,9 +56,9 @@ def accumulate_dq(
             )  # fmt: skip
             probs = tl.exp2(scores * tile_factor - lse2[:, None])
             d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
-            if seed is not None:
-                kept = dropout_keep(seed, bh, m[:, None], n[None, :], dropout_p)
-                d_probs = tl.where(kept, d_probs / (1.0 - dropout_p), 0.0)
+            if stream is not None:
+                kept = dropout_keep(stream, m[:, None], n[None, :], dropout_p)
+                d_probs = drop(d_probs, kept, dropout_p)
             d_scores = probs * (d_probs - delta[:, None])
             dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
             if ROW_SUMS:
@@ -105,7 +107,7 @@ def query_gradient_kernel(
         mask_ptr += b * mask_strides[0]
     if attn_mask_ptr is not None:
         attn_mask_ptr += b * attn_mask_strides[0] + h * attn_mask_strides[1]
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
+    stream = None if seed_ptr is None else dropout_stream(seed_ptr, bh)
 
     m_first = tile * BLOCK_M
     m_last = tl.minimum(m_first + BLOCK_M, rows) - 1
@@ -132,28 +134,28 @@ def query_gradient_kernel(
     weighted_k = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if mask_ptr is not None:
         dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
-            dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+            dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
             k_strides, v_strides, mask_strides[1], attn_mask_strides,
-            lo, holes_hi, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+            lo, holes_hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
             HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, TILES=HOLES,
         )  # fmt: skip
     if window_left is not None:
         dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
-            dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+            dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
             k_strides, v_strides, mask_strides[1], attn_mask_strides,
-            lo, full_lo, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+            lo, full_lo, stop, m, live_m, scale2, dropout_p, window_left, window_right,
             HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, TILES=EDGE,
         )  # fmt: skip
     dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
-        dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+        dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
         k_strides, v_strides, mask_strides[1], attn_mask_strides,
-        full_lo, full_hi, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+        full_lo, full_hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
         HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, TILES=FULL,
     )  # fmt: skip
     dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
-        dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+        dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
         k_strides, v_strides, mask_strides[1], attn_mask_strides,
-        full_hi, hi, stop, m, live_m, bh, scale2, dropout_p, window_left, window_right,
+        full_hi, hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
         HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, TILES=EDGE,
     )  # fmt: skip
     if ROW_SUMS:

@@ -16,10 +16,13 @@ from padfree._launch import Call, on_device
 from padfree._tiles import (
     LOG2E,
     apply_attn_mask,
+    drop,
     dropout_keep,
+    dropout_stream,
     head_offset,
     hide,
     in_window,
+    load_attn_mask,
     load_keep_n,
     load_lse2,
     load_tile,
@@ -44,9 +47,10 @@ def key_scores(
     factor = scale2
     keep = in_window(keep_n[:, None] & (rows > 0), 0, n[:, None], window_left, window_right)
     if attn_mask_ptr is not None:
-        scores, factor = apply_attn_mask(
-            scores, factor, attn_mask_ptr, attn_mask_strides, n[:, None] * 0, n[:, None], keep, IS_BIAS
+        attn_mask = load_attn_mask(
+            attn_mask_ptr, attn_mask_strides, n[:, None] * 0, n[:, None], keep, IS_BIAS
         )
+        scores, factor = apply_attn_mask(scores, factor, attn_mask, IS_BIAS)
     return hide(scores * factor, keep), k, keep_n
 
 
@@ -71,7 +75,7 @@ def single_query_forward_kernel(
         mask_ptr += b * mask_strides[0]
     if attn_mask_ptr is not None:
         attn_mask_ptr += b * attn_mask_strides[0] + h * attn_mask_strides[1]
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
+    stream = None if seed_ptr is None else dropout_stream(seed_ptr, bh)
 
     in_m = tl.arange(0, 1) < rows
     q_ptr += head_offset(q_strides, b, h, q_start, ALIGN)
@@ -90,16 +94,18 @@ def single_query_forward_kernel(
         shift = tl.where(new_max2 == float("-inf"), 0.0, new_max2)
         probs, rescale = tl.exp2(scores2 - shift), tl.exp2(lane_max2 - shift)
         lane_max2, lane_sum = new_max2, lane_sum * rescale + probs
-        if seed is not None:
+        if stream is not None:
             n = start + tl.arange(0, BLOCK_N)[:, None]
-            probs = tl.where(dropout_keep(seed, bh, n * 0, n, dropout_p), probs, 0.0)
+            probs = tl.where(dropout_keep(stream, n * 0, n, dropout_p), probs, 0.0)
         v = load_tile(v_ptr, start, v_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN).to(tl.float32)
         acc = acc * rescale + probs * v
 
     row_max2 = tl.max(lane_max2, 0)
-    live = row_max2 > float("-inf")
-    weight = tl.exp2(lane_max2 - tl.where(live, row_max2, 0.0)[None, :])
-    row_sum = tl.where(live, tl.sum(lane_sum * weight, 0), 1.0)
+    weight = tl.exp2(lane_max2 - tl.where(row_max2 == float("-inf"), 0.0, row_max2)[None, :])
+    row_sum = tl.sum(lane_sum * weight, 0)
+    # As in the forward: a NaN leaves no maximum, but a sum, and must not pass for a row that sees no key.
+    live = row_sum != 0.0
+    row_sum = tl.where(live, row_sum, 1.0)
     kept = 1.0 if seed_ptr is None else 1.0 - dropout_p
     out = tl.sum(acc * weight, 0)[None, :] / (row_sum * kept)[:, None]
     out_ptr += head_offset(out_strides, b, h, q_start, ALIGN)
@@ -111,9 +117,9 @@ def single_query_forward_kernel(
 
 @triton.jit
 def key_gradients(
-    q, d_out, lse2, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+    q, d_out, lse2, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
     k_strides, v_strides, mask_stride_n, attn_mask_strides,
-    start, keys, rows, bh, scale2, dropout_p, window_left, window_right,
+    start, keys, rows, scale2, dropout_p, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """(probs, what dropout left of them, d_probs, each [BLOCK_N, 1], and k) of the tile at `start`."""
@@ -124,11 +130,11 @@ def key_gradients(
     v = load_tile(v_ptr, start, v_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN).to(tl.float32)
     probs = tl.exp2(scores2 - lse2[None, :])
     dropped, d_probs = probs, tl.sum(v * d_out, 1)[:, None]
-    if seed is not None:
+    if stream is not None:
         n = start + tl.arange(0, BLOCK_N)[:, None]
-        kept = dropout_keep(seed, bh, n * 0, n, dropout_p)
-        dropped = tl.where(kept, probs / (1.0 - dropout_p), 0.0)
-        d_probs = tl.where(kept, d_probs / (1.0 - dropout_p), 0.0)
+        kept = dropout_keep(stream, n * 0, n, dropout_p)
+        dropped = drop(probs, kept, dropout_p)
+        d_probs = drop(d_probs, kept, dropout_p)
     return probs, dropped, d_probs, k
 
 
@@ -161,7 +167,7 @@ def single_query_backward_kernel(
         mask_ptr += b * mask_strides[0]
     if attn_mask_ptr is not None:
         attn_mask_ptr += b * attn_mask_strides[0] + h * attn_mask_strides[1]
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
+    stream = None if seed_ptr is None else dropout_stream(seed_ptr, bh)
 
     in_m = tl.arange(0, 1) < rows
     rows_offset = b * lse2_strides[0] + h * lse2_strides[1] + q_start + tl.arange(0, 1)
@@ -181,9 +187,9 @@ def single_query_backward_kernel(
         prob_sum, d_score_sum = tl.zeros((BLOCK_N, 1), tl.float32), tl.zeros((BLOCK_N, 1), tl.float32)
         for start in range(0, keys, BLOCK_N):
             probs, _dropped, d_probs, _k = key_gradients(
-                q, d_out, lse2, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+                q, d_out, lse2, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
                 k_strides, v_strides, mask_strides[1], attn_mask_strides,
-                start, keys, rows, bh, scale2, dropout_p, window_left, window_right,
+                start, keys, rows, scale2, dropout_p, window_left, window_right,
                 HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, ALIGN,
             )  # fmt: skip
             prob_sum += probs
@@ -198,9 +204,9 @@ def single_query_backward_kernel(
     dq = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_N):
         probs, dropped, d_probs, k = key_gradients(
-            q, d_out, lse2, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed,
+            q, d_out, lse2, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
             k_strides, v_strides, mask_strides[1], attn_mask_strides,
-            start, keys, rows, bh, scale2, dropout_p, window_left, window_right,
+            start, keys, rows, scale2, dropout_p, window_left, window_right,
             HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, ALIGN,
         )  # fmt: skip
         d_scores = probs * inverse[None, :] * (d_probs - delta[None, :])

@@ -12,18 +12,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # What a walk over tiles may take for granted: every key is visible; those before `stop` are; none.
 FULL, EDGE, HOLES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-PHILOX_ROUNDS = tl.constexpr(7)
+# Philox-2x32 (Salmon et al. 2011): the fewest rounds that pass BigCrush, multiplier and key step
+PHILOX_ROUNDS, PHILOX_M, PHILOX_W = tl.constexpr(7), tl.constexpr(0xD256D193), tl.constexpr(0x9E3779B9)
 SCAN_BLOCK = tl.constexpr(512)
 
 
 @triton.jit
 def sequence_rows(cu_seqlens_ptr, b, length):
-    """(first row, number of rows) of sequence b: from cu_seqlens when packed, else all `length` rows."""
+    """(first row, number of rows) of sequence b: from cu_seqlens when packed, at most `length`; else all `length` rows."""
     if cu_seqlens_ptr is None:
         return tl.zeros((), tl.int64), length
     else:
         start = tl.load(cu_seqlens_ptr + b)
-        return start.to(tl.int64), tl.load(cu_seqlens_ptr + b + 1) - start
+        return start.to(tl.int64), tl.minimum(tl.load(cu_seqlens_ptr + b + 1) - start, length)
 
 
 @triton.jit
@@ -201,19 +202,31 @@ def hide_keys(scores, keep_n, m, n, window_left, window_right):
 
 
 @triton.jit
-def apply_attn_mask(scores, factor, attn_mask_ptr, strides, m, n, in_mn, IS_BIAS: tl.constexpr):
-    """(scores, factor) after attn_mask at rows m and keys n: a bool hides, a float is added in base 2.
+def load_attn_mask(attn_mask_ptr, strides, m, n, in_mn, IS_BIAS: tl.constexpr):
+    """attn_mask at rows m and keys n as it is stored; hidden outside in_mn.
+
+    Where a softmax follows, to be read before the dot: of two layouts that meet in a tile the compiler keeps that of the
+    later one, and both, with every exponent computed twice, where the mask's comes last.
+    """
+    ptrs = attn_mask_ptr + m.to(tl.int64) * strides[2] + n.to(tl.int64) * strides[3]
+    return tl.load(ptrs, mask=in_mn, other=float("-inf") if IS_BIAS else 1)
+
+
+@triton.jit
+def apply_attn_mask(scores, factor, attn_mask, IS_BIAS: tl.constexpr):
+    """(scores, factor) after a tile of attn_mask: a bool hides, a float is added in base 2.
 
     The factor that turns scores into scores2 is spent when a bias is added. A finite bias stays finite.
     """
-    ptrs = attn_mask_ptr + m.to(tl.int64) * strides[2] + n.to(tl.int64) * strides[3]
     if IS_BIAS:
-        bias = tl.load(ptrs, mask=in_mn, other=float("-inf")).to(tl.float32)
-        bias2 = tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, LOWEST))
+        bias = attn_mask.to(tl.float32)
+        # No maximum: on a GPU that of NaN and a number is the number, and the NaN would hide its key without a word.
+        bias2 = bias * LOG2E
+        bias2 = tl.where((bias2 < LOWEST) & (bias > float("-inf")), LOWEST, bias2)
         scores = scores * factor + bias2
         factor = 1.0
     else:
-        scores = hide(scores, tl.load(ptrs, mask=in_mn, other=1) == 0)
+        scores = hide(scores, attn_mask == 0)
     return scores, factor
 
 
@@ -228,37 +241,61 @@ def score_tile(
     k = load_tile(
         k_ptr, start, k_strides, None if TILES == FULL else keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN
     )
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    attn_mask = None
     if attn_mask_ptr is not None:
         in_mn = live_m[:, None] & (n < stop)[None, :]
-        scores, factor = apply_attn_mask(
-            scores, factor, attn_mask_ptr, attn_mask_strides, m[:, None], n[None, :], in_mn, IS_BIAS
-        )
+        attn_mask = load_attn_mask(attn_mask_ptr, attn_mask_strides, m[:, None], n[None, :], in_mn, IS_BIAS)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if attn_mask_ptr is not None:
+        scores, factor = apply_attn_mask(scores, factor, attn_mask, IS_BIAS)
     if TILES != FULL:
         scores = hide_keys(scores, keep_n, m, n, window_left, window_right)
     return scores, factor, k
 
 
 @triton.jit
-def dropout_keep(seed, bh, m, n, dropout_p):
-    """True where a weight stays: a pure function of (seed, b·H + h, m, n), the same forward and backward."""
-    zero = m * 0 + n * 0
-    random, _, _, _ = tl.philox(seed, zero + n, zero + m, zero + bh, zero, PHILOX_ROUNDS)
-    return tl.uint_to_uniform_float(random) >= dropout_p
+def dropout_stream(seed_ptr, bh):
+    """The 32-bit key that the weights of head b·H + h are dropped by: a hash of it and the call's seed."""
+    stream, _, _, _ = tl.philox(tl.load(seed_ptr), bh, bh * 0, bh * 0, bh * 0)
+    return stream
 
 
 @triton.jit
-def online_softmax_step(row_max2, row_sum, scores, factor, SOME_HIDDEN: tl.constexpr):
-    """One tile of the running softmax: (probs, row_max2, row_sum, rescale).
+def dropout_keep(stream, m, n, dropout_p):
+    """True where a weight stays: Philox-2x32 at counter (n, m), so the same forward and backward in tiles of any size.
 
-    row_max2 and row_sum end as max and sum of exp2(scores2 - row_max2). factor > 0, so that it can be taken out
-    of the maximum and folded into one multiply-add with the exponent. Only where scores may be hidden can a row
-    still have no maximum.
+    m and n broadcast; two instructions a round and weight, where 4x32 takes four for words nobody reads.
     """
-    row_max2_new = tl.maximum(row_max2, tl.max(scores, 1) * factor)
-    shift = row_max2_new
+    key, word, other = stream, n.to(tl.uint32), m.to(tl.uint32)
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        word, other = tl.umulhi(word, PHILOX_M) ^ other ^ key, word * PHILOX_M
+        key += PHILOX_W
+    return word >= tl.cast(dropout_p * 4294967296.0, tl.uint32)
+
+
+@triton.jit
+def drop(values, stays, dropout_p):
+    """The values that stay, scaled up to the same mean, and 0 for the others."""
+    return tl.where(stays, values * (1.0 / (1.0 - dropout_p)), 0.0)
+
+
+@triton.jit
+def online_softmax_step(
+    row_max, row_sum, scores, factor, SOME_HIDDEN: tl.constexpr, IS_FP32: tl.constexpr
+):  # fmt: skip
+    """One tile of the running softmax: (probs, row_max, row_sum, rescale), with probs = exp2(factor * (scores - row_max)).
+
+    factor > 0, so that it can be taken out of the maximum and, in half precision, folded into one multiply-add with the
+    exponent. That leaves the product's rounding in every weight of a row, which fp32 would show: it subtracts first.
+    Only where scores may be hidden can a row still have no maximum.
+    """
+    row_max_new = tl.maximum(row_max, tl.max(scores, 1))
+    shift = row_max_new
     if SOME_HIDDEN:
-        shift = tl.where(row_max2_new == float("-inf"), 0.0, row_max2_new)
-    probs = tl.exp2(scores * factor - shift[:, None])
-    rescale = tl.exp2(row_max2 - shift)
-    return probs, row_max2_new, row_sum * rescale + tl.sum(probs, 1), rescale
+        shift = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
+    if IS_FP32:
+        probs = tl.exp2((scores - shift[:, None]) * factor)
+    else:
+        probs = tl.exp2(scores * factor - (shift * factor)[:, None])
+    rescale = tl.exp2((row_max - shift) * factor)
+    return probs, row_max_new, row_sum * rescale + tl.sum(probs, 1), rescale

@@ -30,7 +30,8 @@ def attention_varlen(
         key, value: [T_k, H_kv, D], likewise by cu_seqlens_k.
         cu_seqlens_q, cu_seqlens_k: [B + 1] int32, non-decreasing, from 0. Their values are not read on the
             host, so a wrong value cannot be reported.
-        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; rows beyond max_seqlen_q would stay unwritten.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; what lies beyond them in a sequence takes no part, and
+            the kernel leaves its rows 0, with zero gradient.
         dropout_p, scale, window, return_lse, impl: as in `attention`.
 
     Returns:

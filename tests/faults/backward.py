@@ -112,7 +112,7 @@ FAULTS = [
     ),
     key_gradient(
         "dk and dv skip the edge rows on the right", "window",
-        fragment="full_hi, hi, n, in_n, bh", replacement="full_hi, full_hi, n, in_n, bh",
+        fragment="full_hi, hi, n, in_n, scale2", replacement="full_hi, full_hi, n, in_n, scale2",
     ),
     key_gradient(
         "dk and dv treat a tile with dead rows as full", "mask",
@@ -120,13 +120,13 @@ FAULTS = [
     ),
     query_gradient(
         "dq is not undropped", "dropout",
-        fragment="kept = dropout_keep(seed, bh, m[:, None], n[None, :], dropout_p)",
-        replacement="kept = dropout_keep(seed + 1, bh, m[:, None], n[None, :], dropout_p)",
+        fragment="kept = dropout_keep(stream, m[:, None], n[None, :], dropout_p)",
+        replacement="kept = dropout_keep(stream + 1, m[:, None], n[None, :], dropout_p)",
     ),
     key_gradient(
         "dk and dv drop by another mask", "dropout",
-        fragment="kept = dropout_keep(seed, bh, m[None, :], n[:, None], dropout_p)",
-        replacement="kept = dropout_keep(seed, bh, n[:, None], m[None, :], dropout_p)",
+        fragment="kept = dropout_keep(stream, m[None, :], n[:, None], dropout_p)",
+        replacement="kept = dropout_keep(stream, n[:, None], m[None, :], dropout_p)",
     ),
     key_gradient(
         "dv uses weights that were dropped", "dropout",
@@ -134,7 +134,8 @@ FAULTS = [
     ),
     key_gradient(
         "dk and dv take head 0's dropout mask", "dropout",
-        fragment="bh = (b * heads + h).to(tl.int32)", replacement="bh = (b * heads).to(tl.int32)",
+        fragment="dropout_stream(seed_ptr, (b * heads + h).to(tl.int32))",
+        replacement="dropout_stream(seed_ptr, (b * heads).to(tl.int32))",
     ),
     key_gradient(
         "dv is added to, not stored", "accumulation",
@@ -200,7 +201,8 @@ FAULTS = [
     ),
     mask_gradient(
         "the mask's gradient is undropped by another mask", "dropout",
-        fragment="bh = (b * heads + h).to(tl.int32)", replacement="bh = (b + h).to(tl.int32)",
+        fragment="dropout_stream(seed_ptr, (b * heads + h).to(tl.int32))",
+        replacement="dropout_stream(seed_ptr, (b + h).to(tl.int32))",
     ),
     mask_gradient(
         "columns of the mask past the end are stored", "bounds",

@@ -47,7 +47,7 @@ FAULTS = [
     ),
     tiles(
         "the running maximum is not carried", "online softmax",
-        fragment="row_max2_new = tl.maximum(row_max2, tl.max(scores, 1) * factor)", replacement="row_max2_new = tl.max(scores, 1) * factor",
+        fragment="row_max_new = tl.maximum(row_max, tl.max(scores, 1))", replacement="row_max_new = tl.max(scores, 1)",
     ),
     tiles(
         "rows that see nothing keep a finite LSE", "masked rows",
@@ -122,27 +122,32 @@ FAULTS = [
     ),
     tiles(
         "a bool attn_mask is read upside down", "mask",
-        fragment="tl.load(ptrs, mask=in_mn, other=1) == 0", replacement="tl.load(ptrs, mask=in_mn, other=1) != 0",
+        fragment="hide(scores, attn_mask == 0)", replacement="hide(scores, attn_mask != 0)",
     ),
     tiles(
         "a bias is added in the wrong base", "constants",
-        fragment="tl.maximum(bias * LOG2E, LOWEST)", replacement="tl.maximum(bias, LOWEST)",
+        fragment="bias2 = bias * LOG2E\n", replacement="bias2 = bias\n",
     ),
     tiles(
         "a finite bias overflows to -inf", "mask",
-        fragment="tl.maximum(bias * LOG2E, LOWEST)", replacement="bias * LOG2E",
+        fragment="tl.where((bias2 < LOWEST) & (bias > float(\"-inf\")), LOWEST, bias2)", replacement="bias2",
+    ),
+    tiles(
+        "a NaN in the bias hides its key on a GPU", "mask",
+        fragment="tl.where((bias2 < LOWEST) & (bias > float(\"-inf\")), LOWEST, bias2)",
+        replacement="tl.where(bias == float(\"-inf\"), bias, tl.maximum(bias2, LOWEST))",
     ),
     tiles(
         "dropout is the same for every head", "dropout",
-        fragment="zero + bh, zero, PHILOX_ROUNDS", replacement="zero, zero, PHILOX_ROUNDS",
+        fragment="tl.philox(tl.load(seed_ptr), bh, bh * 0", replacement="tl.philox(tl.load(seed_ptr), bh * 0, bh * 0",
     ),
     tiles(
         "dropout keeps what it should drop", "dropout",
-        fragment=">= dropout_p", replacement="< dropout_p",
+        fragment="return word >= ", replacement="return word < ",
     ),
     tiles(
         "a packed sequence ends where the next begins its own count", "packing",
-        fragment="tl.load(cu_seqlens_ptr + b + 1) - start", replacement="tl.load(cu_seqlens_ptr + b + 1)",
+        fragment="tl.load(cu_seqlens_ptr + b + 1) - start, length", replacement="tl.load(cu_seqlens_ptr + b + 1), length",
     ),
     tiles(
         "every packed sequence starts at 0", "packing",
@@ -154,8 +159,17 @@ FAULTS = [
     ),
     single(
         "a single query's lanes keep their own maximum", "online softmax",
-        fragment="weight = tl.exp2(lane_max2 - tl.where(live, row_max2, 0.0)[None, :])",
+        fragment="weight = tl.exp2(lane_max2 - tl.where(row_max2 == float(\"-inf\"), 0.0, row_max2)[None, :])",
         replacement="weight = tl.exp2(lane_max2 - lane_max2)",
+    ),
+    single(
+        "a single query's NaN passes for a row that sees no key", "mask",
+        fragment="live = row_sum != 0.0", replacement="live = row_max2 > float(\"-inf\")",
+    ),
+    tiles(
+        "a packed sequence is longer than the call says", "packing",
+        fragment="tl.minimum(tl.load(cu_seqlens_ptr + b + 1) - start, length)",
+        replacement="tl.load(cu_seqlens_ptr + b + 1) - start",
     ),
     single(
         "a single query's keys need no visibility", "mask",
