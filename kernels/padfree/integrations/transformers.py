@@ -5,12 +5,11 @@
 
 transformers asks two functions: `attention_mask_for` once per forward (which mask will the layers get?) and
 `attention_forward` in every layer. Registering the second alone would drop the padding without a word. Layers that
-the kernel cannot serve run transformers' own sdpa: each such call is counted with its reason and warned about
-once, or raises in strict mode. `counts` tells which road ran.
+the kernel cannot serve run transformers' own sdpa, or eager where sdpa would ignore an option: each such call is
+counted with its reason and warned about once, or raises in strict mode. `counts` tells which road ran.
 """
 
 import functools
-import inspect
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,20 +17,28 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
 import padfree
 from padfree._checks import MAX_HEAD_DIM
+from padfree.integrations._models import (
+    WINDOWED_MODEL_TYPES,
+    asks_for_attention,
+    computes_its_own_attention,
+    has_decoder,
+    own_eager,
+    reads_bool_masks,
+    takes_plain_masks,
+)
 from padfree.reference import in_window
 
 NAME = "padfree"
 STRICT_NAME = "padfree_strict"
 
-# Model types whose sliding-window layers hand us the window they mask by, counted as flash-attention counts:
-# keys up to sliding_window - 1 away. Others keep the mask that transformers builds for them.
-WINDOWED_MODEL_TYPES = ("modernbert",)
+# Options that sdpa takes without a word and does not apply.
+SDPA_IGNORES = ("softcap", "s_aux")
 
 
 @dataclass
@@ -97,7 +104,7 @@ def enable(model: PreTrainedModel, strict: bool = False) -> PreTrainedModel:
     if name not in AttentionInterface():
         register()
     model.set_attn_implementation(name)
-    if not any(_asks_for_attention(module, name) for module in model.modules()):
+    if not any(asks_for_attention(module, name) for module in model.modules()):
         message = (
             f"{type(model).__name__} has no layer that takes its attention by name: padfree will not be used"
         )
@@ -120,17 +127,24 @@ def attention_mask_for(
     """transformers' mask interface: the mask that `attention_forward` will get.
 
     Plain padding stays the tokenizer's [B, N] mask, untouched, so the host waits for nothing and no [B, 1, M, N]
-    mask is built. Causal, packed and other masks become sdpa's; classes that ignore the name get eager's.
+    mask is built; but only in models written for such masks, since others reshape or add to what they are given.
+    Causal, packed and other masks become sdpa's, always written out: a layer that is told nothing sees everything.
+    Classes that ignore the name, or do not support sdpa, get eager's.
     """
     kwargs |= {"attention_mask": attention_mask, "mask_function": mask_function, "config": config}
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset}
-    if _computes_its_own_attention(type(config)):
+    if computes_its_own_attention(type(config)):
         _fall_back(f"{type(config).__name__}'s model computes its own attention", strict)
         return eager_mask(**kwargs)
-    plain = mask_function is bidirectional_mask_function or _is_window_of_layer(config, kwargs)
+    written_out = kwargs.get("allow_is_bidirectional_skip", True) is False
+    plain = (
+        mask_function is bidirectional_mask_function and not written_out and takes_plain_masks(type(config))
+    )
+    plain = plain or _is_window_of_layer(config, kwargs)
     if plain and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0:
         return attention_mask
-    return sdpa_mask(**kwargs)
+    build = sdpa_mask if reads_bool_masks(type(config)) else eager_mask
+    return build(**kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 def to_key_padding_mask(attention_mask: Tensor) -> Tensor:
@@ -161,12 +175,14 @@ def attention_forward(
     Args:
         attention_mask: [B, N], 1 or True = token, or None; anything else falls back.
         position_bias: added to the scores, differentiable (T5).
-        skip_padded_queries: rows at padded positions come out 0 and are not computed. Any model passes it on:
-            `model(**batch, skip_padded_queries=True)`.
+        skip_padded_queries: rows at padded positions come out 0 and are not computed. Encoders pass it on:
+            `model(**batch, skip_padded_queries=True)`. Models with a decoder compute every row, because the mask of
+            their cross-attention is not that of its queries.
         output_attentions: also return the weights [B,H,M,N], recomputed, before dropout.
 
     Raises:
-        RuntimeError: with `strict`, when the kernel cannot serve the call; the message says why.
+        RuntimeError: with `strict`, when the kernel cannot serve the call, and without where transformers cannot
+            either; the message says why.
     """
     window = _window(module, attention_mask, sliding_window)
     tensors = (query, key, value, attention_mask, position_bias)
@@ -179,7 +195,10 @@ def attention_forward(
     if reason is not None:
         _fall_back(reason, strict)
         kwargs |= {"attention_mask": _sdpa_mask_of(attention_mask, window, query, key)}
-        kwargs |= {"position_bias": position_bias, "scaling": scaling, "is_causal": is_causal}
+        kwargs |= {"scaling": scaling, "is_causal": is_causal}
+        if any(kwargs.get(name) is not None for name in SDPA_IGNORES):
+            return own_eager(module)(module, query, key, value, dropout=dropout, **_additive(kwargs, query))
+        kwargs |= {"position_bias": position_bias}
         out, _ = sdpa_attention_forward(module, query, key, value, dropout=dropout, **kwargs)
         # A second call would write to a paged cache again.
         if output_attentions and kwargs.get("cache") is None:
@@ -199,7 +218,9 @@ def attention_forward(
         dropout_p=dropout,
         scale=scaling,
         window=window,
-        skip_padded_queries=skip_padded_queries and query.shape[2] == key.shape[2],
+        skip_padded_queries=skip_padded_queries
+        and not has_decoder(module)
+        and query.shape[2] == key.shape[2],
         return_lse=True,
         impl="triton" if impl == "auto" else "reference",
     )
@@ -213,7 +234,7 @@ def _why_layer_falls_back(module: nn.Module, is_causal: bool | None, kwargs: dic
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal:
         return "the layer is causal"
-    for name in ("softcap", "s_aux", "cache"):
+    for name in (*SDPA_IGNORES, "cache"):
         if kwargs.get(name) is not None:
             return f"{name} was given"
     return None
@@ -271,6 +292,15 @@ def _sdpa_mask_of(
     return inside if attention_mask is None else attention_mask & inside
 
 
+def _additive(kwargs: dict[str, Any], query: Tensor) -> dict[str, Any]:
+    """The same arguments with a bool mask as eager reads it: 0 to attend, the lowest number to hide."""
+    mask = kwargs["attention_mask"]
+    if mask is None or mask.dtype != torch.bool:
+        return kwargs
+    lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
+    return kwargs | {"attention_mask": torch.where(mask, torch.zeros_like(lowest), lowest)}
+
+
 def _fall_back(reason: str, strict: bool) -> None:
     if strict:
         raise RuntimeError(f"padfree cannot serve this call and strict forbids sdpa: {reason}")
@@ -288,29 +318,3 @@ def _count(road: str, reason: str = "") -> None:
         if reason not in _counts.fallbacks:
             warnings.warn(f"padfree falls back to transformers' attention: {reason}", stacklevel=3)
         _counts.fallbacks[reason] += 1
-
-
-@torch.compiler.assume_constant_result
-def _computes_its_own_attention(config_class: type) -> bool:
-    """Whether the model class of this config ignores the attention name, and so wants eager's additive mask."""
-    return _ignores_the_name(config_class)
-
-
-@functools.cache
-def _ignores_the_name(config_class: type) -> bool:
-    try:
-        listed: Any = MODEL_MAPPING[config_class]
-        model_class = listed[0] if isinstance(listed, tuple) else listed
-        return not model_class._can_set_attn_implementation()
-    except (KeyError, AttributeError):
-        # Not a listed model, or a transformers without this private test: trust the name.
-        return False
-
-
-def _asks_for_attention(module: nn.Module, name: str) -> bool:
-    """Whether this layer looks its attention up by name, and the name is ours."""
-    config = getattr(module, "config", None)
-    if getattr(config, "_attn_implementation", None) != name:
-        return False
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
