@@ -19,6 +19,7 @@ import triton
 from padfree_bench.aot import ARCHS, Arch, parse_arch, why_not_compile
 from padfree_bench.aot_calls import ROADS, Target, table_targets
 from padfree_bench.aot_facts import Facts, facts_of_targets
+from padfree_bench.cases import DTYPES
 from padfree_bench.cost_model import GPUS, predict
 from padfree_bench.lengths import imdb_lengths
 from padfree_bench.results import RESULTS
@@ -30,8 +31,9 @@ KERNELS = ("attention_forward_kernel", "query_gradient_kernel", "key_gradient_ke
 ROAD_HEAD_DIMS = (16, 64)
 ASSUMPTIONS = (
     "Predictions, not measurements. Floors that assume perfectly overlapping CTAs and evenly spread work: issue, "
-    "exp2 and matrix cycles of the loops over score tiles, and bytes (inputs at real rows, outputs at every row); "
-    "launch latency, prologues, waves and cache misses are left out."
+    "exp2 and matrix cycles of the loops over score tiles, and bytes (inputs at real rows, outputs at every row). "
+    "`once` is what programs issue outside of these loops if all of it runs, and is not in the floor; launch latency, "
+    "waves and cache misses are left out."
 )
 
 
@@ -43,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--roads", nargs="+", default=["padded"], help=f"of {', '.join(ROADS)}, or all; default padded"
     )
-    options.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    options.add_argument(
+        "--dtypes", nargs="+", default=["bf16", "fp32"], help=f"of {', '.join(DTYPES)}; default bf16 fp32"
+    )
     options.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     options.add_argument("--output", default=str(RESULTS), help="folder for compile-report.json")
@@ -113,13 +117,15 @@ def markdown(facts: list[Facts]) -> str:
     ]  # fmt: skip
     cycles = [
         [f.kernel.removesuffix("_kernel"), f.arch, f.dtype, f.head_dim, f.road, f"{c.block_m}x{c.block_n}",
-         f"{c.issue:.0f}", f"{c.masked_issue:.0f}", f"{c.mufu:.0f}", f"{c.matrix:.0f}", c.bound, c.outside, _mix(f)]
+         f"{c.issue:.0f}", f"{c.masked_issue:.0f}", f"{c.mufu:.0f}", f"{c.matrix:.0f}", c.bound,
+         f"{c.repeats:.2f}", c.outside, _mix(f)]
         for f in facts
         if (c := f.costs) is not None
     ]  # fmt: skip
     times = [
         [r["case"], r["arch"], r["dtype"], r["kernel"].removesuffix("_kernel"),
-         *(f"{r[name]:.1f}" for name in ("issue", "mufu", "matrix", "memory")), f"**{r['floor']:.1f}**", r["bound"]]
+         *(f"{r[name]:.1f}" for name in ("issue", "mufu", "matrix", "memory")), f"**{r['floor']:.1f}**", r["bound"],
+         f"{r['once']:.1f}"]
         for r in predictions(facts)
     ]  # fmt: skip
     return "\n\n".join([
@@ -127,10 +133,10 @@ def markdown(facts: list[Facts]) -> str:
         "## Resources: registers a thread, bytes of stack, spilled, bytes of shared memory, CTAs a multiprocessor",
         _table("kernel | arch | dtype | D | road | tile | registers | stack | spills | shared | CTAs", resources),
         "## One score tile: cycles of a multiprocessor by bound, and what the full tiles' loop issues a warp",
-        _table("kernel | arch | dtype | D | road | tile | issue | issue, masked | exp2 | matrix | bound | outside | mix", cycles),
+        _table("kernel | arch | dtype | D | road | tile | issue | issue, masked | exp2 | matrix | bound | repeats | outside | mix", cycles),
         f"## Predicted floor of a launch in µs (B{BATCH} S{SEQ}, IMDB lengths, padded queries and keys skipped)",
         ASSUMPTIONS,
-        _table("case | arch | dtype | launch | issue | exp2 | matrix | memory | floor | bound", times),
+        _table("case | arch | dtype | launch | issue | exp2 | matrix | memory | floor | bound | once", times),
     ]) + "\n"  # fmt: skip
 
 
@@ -140,15 +146,16 @@ def main(argv: list[str]) -> int:
     roads = tuple(ROADS) if options.roads == ["all"] else tuple(options.roads)
     try:
         archs = tuple(parse_arch(text) for text in options.arch)
-        for name in roads:
-            if name not in ROADS:
-                raise ValueError(f"road must be one of {', '.join(ROADS)}, got {name!r}")
+        for kind, names, known in (("road", roads, ROADS), ("dtype", options.dtypes, DTYPES)):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"{kind} must be one of {', '.join(known)}, got {unknown[0]!r}")
         if reason := why_not_compile():
             raise ValueError(reason)
     except ValueError as error:
         print(f"python -m bench compile-report: {error}", file=sys.stderr)
         return 2
-    facts = facts_of_targets(targets_of(archs, tuple(options.dtypes), roads), options.jobs)
+    dtypes = tuple(str(DTYPES[name]).removeprefix("torch.") for name in options.dtypes)
+    facts = facts_of_targets(targets_of(archs, dtypes, roads), options.jobs)
     text, content = markdown(facts), json.dumps(to_json(facts), indent=1) + "\n"
     folder = Path(options.output) / "compile"
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,10 @@
 
 For one score tile: *issue* = the loop's instructions x warps / 4 a clock; *mufu* = exp2 results / 16 a clock;
 *matrix* = 2 x BLOCK_M x BLOCK_N x D (at least 16) per dot over the matrix units' FLOP a clock (fp32 dots are FMA
-instructions and stand in *issue*). Tiles spread evenly over the multiprocessors and CTAs are assumed to overlap
-perfectly, so the largest of the three, or the bytes over the memory's rate, is a floor. It ranks designs.
+instructions and stand in *issue*), times how often the warps *repeat* one another's work. Tiles spread evenly over the
+multiprocessors and CTAs are assumed to overlap perfectly, so the largest of the three, or the bytes over the memory's
+rate, is a floor. *once* is what programs issue outside of their loops if every instruction there runs once: not in the
+floor, because some do not (a scan's other paths), but a launch is nearer to floor + once. It ranks designs.
 """
 
 from dataclasses import dataclass
@@ -49,14 +51,20 @@ GPUS: dict[Arch, Gpu] = {
 
 @dataclass(frozen=True)
 class Costs:
-    """Cycles of one multiprocessor for one score tile of a kernel, and its instructions outside of the loops."""
+    """Cycles of one multiprocessor for one score tile of a kernel, and its instructions outside of the loops.
+
+    `masked` is the loop of a sequence's last tile, `holes` that of a mask with holes (0 where a kernel has none).
+    `repeats`: exp2 results per score of a tile; 2 where two groups of warps compute the same rows.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     loop: int
     masked_loop: int
+    holes_loop: int
     outside: int
+    repeats: float
     issue: float
     masked_issue: float
     mufu: float
@@ -77,14 +85,16 @@ class Costs:
 
 
 def costs_of(compiled: Compiled) -> Costs | None:
-    """Costs of a kernel's cheapest (full) and dearest (masked) loop; None where it has no loop with an exp2."""
+    """Costs of a kernel's loops over full tiles, the cheapest, and masked ones; None where none holds an exp2."""
     loops = score_loops(compiled.sass)
     dots = DOTS.get(compiled.name)
     if not loops or dots is None:
         return None
     constants, warps = compiled.constants, compiled.num_warps
     block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
-    full, masked = loops[0], loops[-1]
+    # By cost: full tiles, the edge where a sequence ends, and what reads the mask's bytes tile by tile.
+    full, masked, holes = loops[0], loops[min(1, len(loops) - 1)], loops[-1] if len(loops) > 2 else None
+    repeats = full.ex2 * warps * 32 / (block_m * block_n)
     on_matrix_units = "xbf16>" in compiled.ttir or "xf16>" in compiled.ttir
     flop = 2 * block_m * block_n * constants["BLOCK_D"] * dots if on_matrix_units else 0
     rate = GPUS[compiled.arch].flop_per_clock
@@ -94,11 +104,13 @@ def costs_of(compiled: Compiled) -> Costs | None:
         num_warps=warps,
         loop=full.instructions,
         masked_loop=masked.instructions,
+        holes_loop=holes.instructions if holes else 0,
         outside=instruction_count(compiled.sass) - sum(loop.instructions for loop in loops),
+        repeats=repeats,
         issue=full.instructions * warps / SCHEDULERS,
         masked_issue=masked.instructions * warps / SCHEDULERS,
         mufu=full.ex2 * warps * 32 / EX2_PER_CLOCK,
-        matrix=flop / rate,
+        matrix=flop / rate * max(1, int(repeats)),
         mix=full.mix(),
     )
 
@@ -154,6 +166,7 @@ class Prediction:
     matrix: float
     memory: float
     compute: float
+    once: float
 
     @property
     def floor(self) -> float:
@@ -187,4 +200,5 @@ def predict(
         matrix=count * costs.matrix * scale,
         memory=moved_bytes(kernel, lengths, heads, head_dim, seq, itemsize) / gpu.bytes_per_second * 1e6,
         compute=cycles * scale,
+        once=tiles.programs * costs.outside * costs.num_warps / SCHEDULERS * scale,
     )
