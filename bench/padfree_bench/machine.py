@@ -88,6 +88,7 @@ def environment(device: torch.device, command: list[str]) -> dict[str, object]:
         "cpu": _cpu_model(),
         "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,

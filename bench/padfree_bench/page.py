@@ -6,7 +6,7 @@ from pathlib import Path
 from padfree_bench.results import COLUMNS, NOT_RUN, UPPER_BOUND, Result, Row, cell, used_columns
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 96rem; padding: 0 1rem; color: #1b1f24; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 160rem; padding: 0 1rem; color: #1b1f24; }
 table { border-collapse: collapse; font-size: 13px; margin: .4rem 0 1rem; }
 th, td { border-bottom: 1px solid #d8dee4; padding: .2rem .55rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, .remark { text-align: left; }
@@ -14,7 +14,7 @@ td.remark { white-space: normal; min-width: 12rem; max-width: 26rem; color: #576
 p { overflow-wrap: anywhere; } ul { font-size: 13px; margin: 0 0 1rem; color: #57606a; }
 tr.ours { background: #fff4e8; } tr.upper { font-style: italic; }
 .devices { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-.devices > section { flex: 1 1 36rem; min-width: 0; overflow-x: auto; }
+.devices > section { flex: 1 1 60rem; min-width: 0; overflow-x: auto; }
 .pictures { display: flex; flex-wrap: wrap; gap: .5rem; } .pictures svg { height: auto; max-width: 100%; }
 details { margin: .3rem 0; } summary { cursor: pointer; font-weight: 600; } code { background: #f3f4f6; padding: 0 .2rem; }
 """

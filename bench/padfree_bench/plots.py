@@ -24,7 +24,10 @@ PANEL_INCHES = (3.6, 3.8)
 
 @dataclass(frozen=True)
 class Sweep:
-    """A line plot of one group of cases: a panel a direction, `y` against `x`; `label` names each x instead."""
+    """A line plot of one group of cases: a panel a direction, `y` against `x`; `label` names each x instead.
+
+    Times and rates stand in a band from p20 to p80.
+    """
 
     name: str
     group: str
@@ -161,7 +164,7 @@ def _sweep_figure(result: Result, sweep: Sweep, panels: dict[str, list[Row]], dt
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:,.0f}")
         if sweep.label:
-            axes.set_xticks(range(len(ticks)), [sweep.label(tick) for tick in ticks])
+            axes.set_xticks(range(len(ticks)), [sweep.label(tick) for tick in ticks], fontsize=8)
     all_axes[0][0].set_ylabel(sweep.y_label)
     entries = {
         label: line
@@ -172,15 +175,30 @@ def _sweep_figure(result: Result, sweep: Sweep, panels: dict[str, list[Row]], dt
     return figure
 
 
+def _band(sweep: Sweep, row: Row) -> tuple[float, float] | None:
+    """Where the figure lies from p20 to p80 of the time; None for what is no time and no rate."""
+    if not (row.ms_p20 and row.ms_p50 and row.ms_p80) or sweep.y_label not in ("ms", "valid tokens/s"):
+        return None
+    low, high = row.ms_p20 / row.ms_p50, row.ms_p80 / row.ms_p50
+    # A rate falls where a time rises.
+    low, high = (low, high) if sweep.y_label == "ms" else (1 / high, 1 / low)
+    y = sweep.y(row) or 0.0
+    return y * low, y * high
+
+
 def _line(axes: Any, sweep: Sweep, rows: list[Row], ticks: list[Any], index: int, shade: Any) -> None:
     if not rows:
         return
     peer = rows[0].peer
     upper = any(row.status == UPPER_BOUND for row in rows)
-    points = sorted((sweep.x(row), sweep.y(row)) for row in rows)
+    rows = sorted(rows, key=sweep.x)
+    xs = [ticks.index(sweep.x(row)) if sweep.label else sweep.x(row) for row in rows]
+    ys = [sweep.y(row) or 0.0 for row in rows]
+    if bands := [band for row in rows if (band := _band(sweep, row))]:
+        axes.fill_between(xs, *zip(*bands, strict=True), color=shade, alpha=0.15, linewidth=0)
     axes.plot(
-        [ticks.index(x) if sweep.label else x for x, _ in points],
-        [y for _, y in points],
+        xs,
+        ys,
         marker=MARKERS[index % len(MARKERS)],
         markersize=4,
         color=shade,

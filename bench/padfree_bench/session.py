@@ -71,6 +71,8 @@ class Session:
         self.deadline = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
         name = f"{suite}-{options.label}" if options.label else suite
         self.result = Result(name, machine.environment(self.device, command), quick=options.quick)
+        if (load := self.result.environment["load_before"]) > machine.usable_cores():
+            print(f"this machine is busy (load {load}): its figures say little", file=sys.stderr)
         slug = machine.device_slug(self.device)
         self.folder = Path(options.output) / (f"{slug}-quick" if options.quick else slug)
         self.ceilings: Ceilings = measure_ceilings(self.device, set(dtypes))
@@ -143,7 +145,8 @@ def terminal_table(result: Result) -> str:
     for (case, direction), rows in grouped(result.rows).items():
         shown = [row for row in rows if row.status != NOT_RUN]
         columns = [name for name in MAIN_COLUMNS if any(cell(row, name) for row in shown)]
-        table = [columns, *([cell(row, name) for name in columns] for row in shown)]
+        heads = ["ms [p20, p80]" if name == "time" else name for name in columns]
+        table = [heads, *([cell(row, name) for name in columns] for row in shown)]
         widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
         lines += ["", f"{case}, {direction}" + ("" if shown else ": nothing ran")]
         for line in table if shown else []:

@@ -121,7 +121,7 @@ def check_options(dropout_p: Any, scale: Any, window: Any) -> None:
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p <= MAX_DROPOUT:
-        raise ValueError(f"dropout_p must lie in [0, 1) and below {MAX_DROPOUT}, got {dropout_p}")
+        raise ValueError(f"dropout_p must lie in 0..{MAX_DROPOUT:.6f}, got {dropout_p}")
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, int | float):
             raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")

@@ -54,7 +54,8 @@ def read_texts(options: argparse.Namespace) -> list[str]:
             raise UserError(
                 f"{name}:{line}: byte {raw[error.start]:#04x} is not UTF-8, expected UTF-8 text"
             ) from None
-        if lines[-1] == "":
+        # Blank lines at the end are no reviews; one in between is refused, since answers stand in the lines' order.
+        while lines and not lines[-1].strip():
             lines.pop()
         named = [(f"{name}:{number}", line.removesuffix("\r")) for number, line in enumerate(lines, start=1)]
         if not named:
