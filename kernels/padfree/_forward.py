@@ -131,7 +131,7 @@ def attention_forward_kernel(
     live_m = live_m & (row_sum != 0.0)
     kept = 1.0 if seed_ptr is None else 1.0 - dropout_p
     row_sum = tl.where(live_m, row_sum, 1.0)
-    # One reciprocal a row: a division an element took a quarter of a program's instructions outside of its loops.
+    # One reciprocal a row, where a division an element costs four instructions each.
     out = tl.where(live_m[:, None], acc, 0.0) * (1.0 / (row_sum * kept))[:, None]
     store_tile(out_ptr, out, m_first, out_strides, in_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
     factor = 1.0 if attn_mask_ptr is not None and IS_BIAS else scale2

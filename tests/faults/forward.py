@@ -98,7 +98,7 @@ FAULTS = [
     forward(
         "rows that see nothing divide by zero", "masked rows",
         fragment="    row_sum = tl.where(live_m, row_sum, 1.0)\n"
-        "    # One reciprocal a row: a division an element took a quarter of a program's instructions outside of its loops.\n"
+        "    # One reciprocal a row, where a division an element costs four instructions each.\n"
         "    out = tl.where(live_m[:, None], acc, 0.0) * (1.0 / (row_sum * kept))[:, None]",
         replacement="    out = acc * (1.0 / (row_sum * kept))[:, None]",
     ),
