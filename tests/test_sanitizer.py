@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import triton
 import triton.language as tl
 
 from _planted_faults import FAR_PROGRAM, PLANTED, copy, copy_kernel, nothing_kernel
-from sanitizer import SanitizerError, poison_empty, sanitize
+from known_bugs import assert_same_bits, kernel_results
+from padfree.testing import Results, make_inputs
+from sanitizer import SanitizerError, poison_empty, sanitize, without_shortcuts
 from sanitizer._memory import zero_cells
 
 pytestmark = pytest.mark.skipif(
@@ -47,6 +50,26 @@ def test_the_clean_twin_of_a_planted_fault_passes(name: str, seed: int) -> None:
         run(False)
     assert not report.findings
     assert report.total["launches"] == 1 and report.total["programs"] >= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": (20, 3), "skip_padded_queries": True}, {"dropout_p": 0.3}],
+    ids=["padding", "window", "dropout"],
+)
+def test_what_is_skipped_for_speed_changes_no_bit(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    inputs = make_inputs(2, 2, 70, 70, 24, kv_heads=1, dtype=dtype, padding="holes", lse_gradient=True)
+
+    def results() -> Results:
+        torch.manual_seed(5)
+        return kernel_results(inputs, **options)
+
+    with sanitize() as report:
+        short = results()
+        with without_shortcuts():
+            assert_same_bits(short, results())
+    launches = {name: counts["launches"] for name, counts in report.kernels.items()}
+    assert launches and not any(n % 2 for n in launches.values())
 
 
 @triton.jit

@@ -13,6 +13,14 @@ same to uninitialised memory.
 
 from ._poison import poison_empty
 from ._report import Finding, Report, SanitizerError
-from ._sanitize import emulate_bf16, sanitize
+from ._sanitize import emulate_bf16, sanitize, without_shortcuts
 
-__all__ = ["Finding", "Report", "SanitizerError", "emulate_bf16", "poison_empty", "sanitize"]
+__all__ = [
+    "Finding",
+    "Report",
+    "SanitizerError",
+    "emulate_bf16",
+    "poison_empty",
+    "sanitize",
+    "without_shortcuts",
+]

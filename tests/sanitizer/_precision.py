@@ -51,7 +51,7 @@ def fp32_to_tf32(values: np.ndarray) -> np.ndarray:
 
 def _holds_bf16(handle: TensorHandle) -> bool:
     # a comparison of the original interpreter labels its booleans with the operands' type
-    return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+    return handle.data.dtype == np.uint16 and handle.dtype.scalar == tl.bfloat16
 
 
 def _as_fp32(handle: TensorHandle) -> np.ndarray:

@@ -18,7 +18,7 @@ from ._memory import ADDRESS_MASK
 from ._precision import BF16_HOOKS, BF16_NAN, create_atomic_rmw, create_dot, create_dot_with_tf32
 from ._reduce import REDUCE_HOOKS
 from ._report import Report
-from ._speed import SPEED_HOOKS
+from ._speed import PLAIN, SPEED_HOOKS
 
 # private interfaces of the interpreter: the self-test is what notices a change, so a new version is a decision
 SUPPORTED_TRITON = ("3.6.", "3.7.")
@@ -199,6 +199,13 @@ def sanitize(
 def emulate_bf16() -> Iterator[None]:
     """Interpreted kernels compute bfloat16 as a GPU does, without any check."""
     with _installed([*BF16_HOOKS, *REDUCE_HOOKS]):
+        yield
+
+
+@contextmanager
+def without_shortcuts() -> Iterator[None]:
+    """Inside a `sanitize` block: nothing is skipped for speed."""
+    with _installed(PLAIN):
         yield
 
 
