@@ -230,6 +230,15 @@ def test_a_split_for_an_evaluation_is_the_one_that_training_carved(name: str, tm
     assert load_split([str(file)], name, 6) == load_reviews([str(file)], 6).split(name)
 
 
+def test_all_reviews_of_a_source_are_one_split_in_the_order_of_its_files(tmp_path: Path) -> None:
+    rows = make_rows(20, seed=17)
+    write_csv(tmp_path / "train.csv", rows[:12])
+    assert load_split([str(tmp_path)], "all") == as_split(rows[:12])
+    write_csv(tmp_path / "test.csv", rows[12:])
+    assert load_split([str(tmp_path)], "all") == as_split(rows[12:] + rows[:12])
+    assert len(load_split([str(tmp_path)], "all", 6)) == 6
+
+
 LENGTHS = [(7 * row) % 97 + 3 for row in range(1_000)]
 
 

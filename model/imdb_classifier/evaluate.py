@@ -17,9 +17,10 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_data_options(parser, default=None)
     parser.add_argument(
         "--split",
-        choices=("train", "validation", "test"),
+        choices=("train", "validation", "test", "all"),
         default="test",
-        help="which reviews (default: %(default)s)",
+        help="which reviews; what files of your own lack is held out of their training reviews as imdb-train does, "
+        "all takes every one (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size", type=cli.positive, default=64, help="reviews at a time (default: %(default)s)"

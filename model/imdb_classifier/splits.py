@@ -44,12 +44,17 @@ def load_reviews(names: Sequence[str], limit: int | None = None) -> Reviews:
 
 
 def load_split(names: Sequence[str], wanted: str, limit: int | None = None) -> Split:
-    """One split of a source, as training would carve it; a source without training reviews may hold it alone.
+    """One split of a source, as training would carve it, or "all" of its reviews, whatever split they are in.
+
+    A source without training reviews may hold the split alone.
 
     Raises:
         UserError: the source does not have the split, or the split lacks one of the two labels.
     """
     splits, source = read_source(names), " ".join(names)
+    if wanted == "all":
+        parts = splits.values()
+        splits = {"all": Split([t for p in parts for t in p.texts], [n for p in parts for n in p.labels])}
     if "train" in splits or wanted not in splits:
         return complete_splits(splits, source, limit).split(wanted)
     _check_labels(splits, source)
