@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from padfree_bench import attention, cli, readme, report
+from padfree_bench import attention, cli, plots, readme, report
 from padfree_bench.cases import Case
 from padfree_bench.compare import changes, main
 from padfree_bench.inputs import make_inputs
@@ -254,6 +254,8 @@ class TestResults:
             "plots",
         }
         assert list(folder.glob("plots/*.png"))
+        result = load(folder / "attention.json")
+        assert plots.not_run(result, result.rows[0].group) == ["padfree: not run\n(no GPU)"]
         page = (tmp_path / "index.html").read_text()
         assert "no GPU: padfree" in page and "<svg" in page and "No GPU was measured yet" in page
         recorded = json.loads((folder / "attention.json").read_text())

@@ -171,8 +171,18 @@ def _sweep_figure(result: Result, sweep: Sweep, panels: dict[str, list[Row]], dt
         for axes in all_axes[0]
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
+    blank = plt.Line2D([], [], linestyle="none")
+    entries |= {label: blank for label in not_run(result, sweep.group)}
     figure.legend(entries.values(), entries.keys(), fontsize=8, loc="outside right center", frameon=False)
     return figure
+
+
+def not_run(result: Result, group: str) -> list[str]:
+    """What the picture is about and does not show: padfree, where none of its rows in this group has a figure."""
+    rows = [row for row in result.rows if row.group == group and row.peer.startswith("padfree")]
+    if any(row.timed for row in rows):
+        return []
+    return [f"padfree: not run\n({row.reason.partition(':')[0]})" for row in rows[:1]]
 
 
 def _band(sweep: Sweep, row: Row) -> tuple[float, float] | None:
