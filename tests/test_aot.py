@@ -26,7 +26,7 @@ from padfree_bench.aot_facts import ATOMICS, narrow_offsets
 from padfree_bench.compile_report import ROAD_HEAD_DIMS
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*ROOT.glob("kernels/padfree/*.py"), *ROOT.glob("bench/padfree_bench/aot*.py")])
+SOURCES = sorted([*ROOT.glob("kernels/padfree/_*.py"), *ROOT.glob("bench/padfree_bench/aot*.py")])
 PASSES = tuple(KERNELS)
 # {version: a folder that holds it, or None for the installed one}
 COMPILERS = {

@@ -163,3 +163,9 @@ def test_auto_on_a_cpu_is_the_reference():
     tensors = inputs.query, inputs.key, inputs.value, inputs.key_padding_mask
     assert torch.equal(padfree.attention(*tensors), padfree.reference(*tensors))
     assert torch.equal(padfree.attention(*tensors, impl="reference"), padfree.reference(*tensors))
+
+
+def test_auto_tells_the_shapes_of_meta_tensors():
+    query = torch.zeros(2, 3, 5, 8, device="meta")
+    out, lse = padfree.attention(query, query, query, query.new_zeros(2, 5).bool(), return_lse=True)
+    assert (out.shape, out.device.type, lse.shape) == (query.shape, "meta", query.shape[:3])

@@ -5,6 +5,8 @@ are computed in fp32 and rounded once at the end; fp32 and fp64 are computed as 
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,9 +143,11 @@ def attention_weights_reference(
     return weights if padding is None else weights.masked_fill(padding[:, None, None, :], 0)
 
 
-def full_precision(query: Tensor) -> torch.autocast:
+def full_precision(query: Tensor) -> AbstractContextManager[Any]:
     """Keep a surrounding autocast away from products whose dtype is part of the contract."""
-    return torch.autocast(query.device.type, enabled=False)
+    device = query.device.type
+    # a meta tensor knows no autocast
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def in_window(rows: int, keys: int, window: tuple[int | None, int | None], device: torch.device) -> Tensor:
