@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from _planted_faults import FAR_PROGRAM, PLANTED, copy, copy_kernel, nothing_kernel
 from known_bugs import assert_same_bits, kernel_results
@@ -70,6 +71,36 @@ def test_what_is_skipped_for_speed_changes_no_bit(dtype: torch.dtype, options: d
             assert_same_bits(short, results())
     launches = {name: counts["launches"] for name, counts in report.kernels.items()}
     assert launches and not any(n % 2 for n in launches.values())
+
+
+@triton.jit
+def exp2_kernel(x_ptr, out_ptr):
+    i = tl.arange(0, 4)
+    tl.store(out_ptr + i, tl.exp2(tl.load(x_ptr + i)))
+
+
+def test_a_dtype_the_compiler_refuses_is_refused() -> None:
+    x = torch.ones(4, dtype=torch.float16)
+    with sanitize(), pytest.raises(InterpreterError, match="Expected dtype"):
+        exp2_kernel[(1,)](x, x.clone())
+
+
+@triton.jit
+def signed_shift_kernel(x_ptr, out_ptr):
+    tl.store(out_ptr, tl.load(x_ptr) >> tl.full((), 32, tl.uint64))
+
+
+@triton.jit
+def unsigned_shift_kernel(x_ptr, out_ptr):
+    tl.store(out_ptr, (tl.load(x_ptr).to(tl.uint64) >> 32).to(tl.int64))
+
+
+def test_a_constant_is_what_it_was_after_a_shift_by_it() -> None:
+    x, out = torch.tensor([2**40]), torch.zeros(1, dtype=torch.int64)
+    with sanitize():
+        signed_shift_kernel[(1,)](x, out)
+        unsigned_shift_kernel[(1,)](x, out)
+    assert out == 2**8
 
 
 @triton.jit

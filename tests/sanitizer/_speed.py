@@ -111,12 +111,17 @@ def _shared(tensor: tl.tensor) -> tl.tensor:
     return tensor
 
 
+def _fresh(tensor: tl.tensor) -> tl.tensor:
+    """A shared constant in a handle of its own: the interpreter's shifts put other data into their operands' handles."""
+    return tl.tensor(TensorHandle(tensor.handle.data, tensor.handle.dtype), tensor.type)
+
+
 def scalar_constant(self: TritonSemantic, value: Any, dtype: tl.dtype) -> tl.tensor:
     key = value, type(value), dtype.name
     constant = _constants.get(key)
     if constant is None:
         constant = _constants[key] = _shared(_scalar_constant(self, value, dtype))
-    return constant
+    return _fresh(constant)
 
 
 def binary_op_type_checking_impl(
@@ -128,10 +133,12 @@ def binary_op_type_checking_impl(
     if known is None:
         ready = _binary_op_type_checking_impl(self, lhs, rhs, *rules, **named_rules)
         pairs = zip(sides, ready, strict=True)
-        _operands[key] = [out.type if type(side) is tl.tensor else _shared(out) for side, out in pairs]
+        _operands[key] = [
+            out.type if type(side) is tl.tensor else _fresh(_shared(out)) for side, out in pairs
+        ]
         return ready
     left, right = [
-        _as_type(self, side, out) if type(side) is tl.tensor else out
+        _as_type(self, side, out) if type(side) is tl.tensor else _fresh(out)
         for side, out in zip(sides, known, strict=True)
     ]
     return left, right
@@ -155,7 +162,8 @@ _options = replace(interpreter.interpreter_builder.options, sanitize_overflow=Fa
 
 
 def _interpreted(member: Callable[..., Any]) -> Callable[..., Any]:
-    function = inspect.unwrap(member)
+    # past `builtin` alone: what it wraps may check dtypes
+    function = getattr(member, "__wrapped__", member)
 
     def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
         return function(*args, _semantic=interpreter_semantic, **kwargs)
