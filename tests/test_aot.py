@@ -42,7 +42,11 @@ def commit_targets() -> list[Target]:
         return Target(arch, name, dtype, head_dim, road=roads_of(name, ("padded",))[0])
 
     targets = [target(90, name, "bfloat16", dim) for name in PASSES for dim in (8, 16, 64, 128)]
-    targets += [Target(90, "forward", "bfloat16", 64, road=road) for road in ("packed", "window", "dense")]
+    targets += [
+        Target(90, name, "bfloat16", 64, road=road)
+        for name in ("forward", "query_gradient", "key_gradient")
+        for road in ("keys", "packed", "window", "dense", "dropout", "bool", "bias")
+    ]
     targets += [Target(90, name, "bfloat16", 64, road="everything") for name in PASSES]
     targets += [Target(90, "forward", "bfloat16", 64, shape=shape) for shape in ("ones", "neither")]
     targets += [target(arch, name, "float32", 64) for arch in (90, 100) for name in PASSES]
@@ -230,6 +234,12 @@ def test_sixteen_bit_dots_use_wgmma_on_hopper(facts: list[dict[str, Any]]) -> No
         and f["kernel"] != "attn_mask_gradient_kernel"
     ]
     assert_none(lambda f: f"{f['mma_sync']} mma.sync" if f["mma_sync"] or not f["wgmma"] else "", on_hopper)
+
+
+def test_no_wgmma_waits_for_the_one_before_it(facts: list[dict[str, Any]]) -> None:
+    # ptxas judges a whole function: one loop that it cannot overlap serializes every loop of the kernel.
+    on_hopper = [fact for fact in facts if fact["arch"] == 90 and fact["wgmma"]]
+    assert_none(lambda fact: fact["serialized"], on_hopper)
 
 
 def test_no_kernel_rounds_fp32_to_tf32(facts: list[dict[str, Any]]) -> None:

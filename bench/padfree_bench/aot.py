@@ -83,6 +83,18 @@ class Compiled:
         )
 
     @cached_property
+    def serialized(self) -> str:
+        """Why ptxas lets no wgmma of the kernel overlap another (its advisories C7510 to C7519); "" where it does."""
+        if self.arch != 90:
+            return ""  # wgmma is Hopper's alone
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(self.assembly)
+            file.flush()
+            command = [tool("ptxas"), "-arch=sm_90a", "-v", file.name, "-o", os.devnull]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return ", ".join(dict.fromkeys(re.findall(r"\bC751\d\b", said)))
+
+    @cached_property
     def sass(self) -> str:
         """nvdisasm's text of the cubin; empty for AMD."""
         return (

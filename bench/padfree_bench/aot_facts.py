@@ -22,7 +22,10 @@ HALF_DOT = re.compile(r"tt\.dot [^\n]*: tensor<(\d+)x(\d+)x(?:bf16|f16)")
 
 @dataclass(frozen=True)
 class Facts:
-    """One kernel for one target. `stack` is bytes a thread; occupancy is CTAs a multiprocessor."""
+    """One kernel for one target. `stack` is bytes a thread; occupancy is CTAs a multiprocessor.
+
+    `serialized` holds ptxas's advisories (C7510 to C7519) that wgmma instructions wait for one another.
+    """
 
     triton: str
     kernel: str
@@ -49,6 +52,7 @@ class Facts:
     tf32: int
     half_dots: int
     wgmma: int
+    serialized: str
     mma_sync: int
     ex2_full: int
     narrow_offsets: tuple[str, ...]
@@ -115,6 +119,7 @@ def facts_of(compiled: Compiled, target: Target) -> Facts:
         tf32=len(re.findall(r"tf32|xf32", text)),
         half_dots=len(HALF_DOT.findall(compiled.ttir)),
         wgmma=len(re.findall(r"\bwgmma\.mma_async", text)),
+        serialized=compiled.serialized,
         mma_sync=len(re.findall(r"\bmma\.sync", text)),
         ex2_full=len(re.findall(r"\bex2\.approx\.f32", text)),
         narrow_offsets=narrow_offsets(compiled.ttir),

@@ -112,7 +112,7 @@ def markdown(facts: list[Facts]) -> str:
     resources = [
         [f.kernel.removesuffix("_kernel"), f.arch, f.dtype, f.head_dim, f.road,
          f"{f.block_m}x{f.block_n} w{f.num_warps} s{f.num_stages}",
-         f.registers, f.stack, f.spills, f.shared, f.ctas or "-"]
+         f.registers, f.stack, f.spills, f.shared, f.ctas or "-", f.serialized or "-"]
         for f in facts
     ]  # fmt: skip
     cycles = [
@@ -130,8 +130,8 @@ def markdown(facts: list[Facts]) -> str:
     ]  # fmt: skip
     return "\n\n".join([
         f"# Compile report, Triton {triton.__version__}",
-        "## Resources: registers a thread, bytes of stack, spilled, bytes of shared memory, CTAs a multiprocessor",
-        _table("kernel | arch | dtype | D | road | tile | registers | stack | spills | shared | CTAs", resources),
+        "## Resources: registers a thread, bytes of stack, spilled, bytes of shared memory, CTAs a multiprocessor, and ptxas's advisory where matrix instructions are serialized",
+        _table("kernel | arch | dtype | D | road | tile | registers | stack | spills | shared | CTAs | serialized", resources),
         "## One score tile: cycles of a multiprocessor by bound, and what the full tiles' loop issues a warp",
         _table("kernel | arch | dtype | D | road | tile | issue | issue, masked | exp2 | matrix | bound | repeats | outside | mix", cycles),
         f"## Predicted floor of a launch in µs (B{BATCH} S{SEQ}, IMDB lengths, padded queries and keys skipped)",

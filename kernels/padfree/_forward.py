@@ -11,9 +11,6 @@ from torch import Tensor
 from padfree._configs import Config
 from padfree._launch import Call, on_device
 from padfree._tiles import (
-    EDGE,
-    FULL,
-    HOLES,
     dropout_keep,
     dropout_stream,
     head_offset,
@@ -33,28 +30,24 @@ def attend(
     k_strides, v_strides, mask_stride_n, attn_mask_strides,
     lo, hi, stop, m, live_m, factor, dropout_p, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Let rows m see the keys of [lo, hi), tile by tile; as visible as TILES says."""
-    for start in tl.range(lo, hi, BLOCK_N, num_stages=None if TILES == FULL else 1):
+    """Let rows m see the keys of [lo, hi), tile by tile; with MASKED some may be hidden."""
+    for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASKED else None):
         n = start + tl.arange(0, BLOCK_N)
-        keep_n = n < stop
-        if TILES == HOLES:
-            keep_n = load_keep_n(mask_ptr, mask_stride_n, n, stop)
-        if TILES != HOLES or tl.max(keep_n.to(tl.int32), 0) > 0:
-            scores, tile_factor, _ = score_tile(
-                q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
-                window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES,
-            )  # fmt: skip
-            probs, row_max, row_sum, rescale = online_softmax_step(
-                row_max, row_sum, scores, tile_factor, TILES != FULL or attn_mask_ptr is not None,
-                q.dtype == tl.float32,
-            )  # fmt: skip
-            if stream is not None:
-                probs = tl.where(dropout_keep(stream, m[:, None], n[None, :], dropout_p), probs, 0.0)
-            v_keep = None if TILES == FULL else keep_n
-            v = load_tile(v_ptr, start, v_strides, v_keep, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-            acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        keep_n = load_keep_n(mask_ptr, mask_stride_n, n, stop) if MASKED else None
+        scores, tile_factor, _ = score_tile(
+            q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
+            window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN,
+        )  # fmt: skip
+        probs, row_max, row_sum, rescale = online_softmax_step(
+            row_max, row_sum, scores, tile_factor, MASKED or attn_mask_ptr is not None,
+            q.dtype == tl.float32,
+        )  # fmt: skip
+        if stream is not None:
+            probs = tl.where(dropout_keep(stream, m[:, None], n[None, :], dropout_p), probs, 0.0)
+        v = load_tile(v_ptr, start, v_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
+        acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 
 
@@ -92,7 +85,7 @@ def attention_forward_kernel(
     m = m_first + tl.arange(0, BLOCK_M)
     in_m = m < rows
     live_m = load_keep_n(mask_ptr, mask_strides[1], m, rows) if SKIP_QUERIES else in_m
-    stop, lo, holes_hi, full_lo, full_hi, hi = keys_of_rows(
+    stop, lo, full_lo, full_hi, hi = keys_of_rows(
         m_first, m_last, mask_ptr, mask_strides[1], keys, window_left, window_right, BLOCK_N, SKIP_QUERIES
     )
 
@@ -100,31 +93,24 @@ def attention_forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    if mask_ptr is not None:
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
-            k_strides, v_strides, mask_strides[1], attn_mask_strides,
-            lo, holes_hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=HOLES,
-        )  # fmt: skip
     if window_left is not None:
         acc, row_max, row_sum = attend(
             acc, row_max, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
             k_strides, v_strides, mask_strides[1], attn_mask_strides,
             lo, full_lo, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=EDGE,
+            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, MASKED=True,
         )  # fmt: skip
     acc, row_max, row_sum = attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
         k_strides, v_strides, mask_strides[1], attn_mask_strides,
         full_lo, full_hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=FULL,
+        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, MASKED=False,
     )  # fmt: skip
     acc, row_max, row_sum = attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
         k_strides, v_strides, mask_strides[1], attn_mask_strides,
         full_hi, hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES=EDGE,
+        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, MASKED=True,
     )  # fmt: skip
 
     # NaN in a row's scores leaves it without a maximum, but not without a sum: it must come out NaN, not 0.

@@ -48,7 +48,9 @@ def accumulate_dkv(
             lse2, live_m = load_lse2(lse2_ptr, m, m < hi)
             delta = tl.load(delta_ptr + m, mask=live_m, other=0.0)
         else:
-            lse2, live_m, delta = tl.load(lse2_ptr + m), None, tl.load(delta_ptr + m)
+            # One load of both: of fewer numbers than threads Triton 3.6.0 hands all to every thread, 4 bytes at a time.
+            live_m = None
+            lse2, delta = tl.split(tl.load(tl.join(lse2_ptr + m, delta_ptr + m)))
         q = load_tile(q_ptr, start, q_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
         d_out = load_tile(d_out_ptr, start, d_out_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
         tile_factor, attn_mask = factor, None

@@ -11,9 +11,6 @@ from torch import Tensor
 from padfree._configs import Config
 from padfree._launch import Call
 from padfree._tiles import (
-    EDGE,
-    FULL,
-    HOLES,
     LOG2E,
     drop,
     dropout_keep,
@@ -36,36 +33,32 @@ def accumulate_dq(
     k_strides, v_strides, mask_stride_n, attn_mask_strides,
     lo, hi, stop, m, live_m, factor, dropout_p, window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr, ROW_SUMS: tl.constexpr, REFINE: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, ROW_SUMS: tl.constexpr, REFINE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq += dS @ k over the keys of [lo, hi), as visible as TILES says, with dS = P * (d_out @ vᵀ - delta).
+    """dq += dS @ k over the keys of [lo, hi), of which some may be hidden if MASKED, with dS = P * (d_out @ vᵀ - delta).
 
     With ROW_SUMS also the row sums of P and dS, with REFINE also P @ k.
     """
-    for start in tl.range(lo, hi, BLOCK_N, num_stages=None if TILES == FULL else 1):
+    for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASKED else None):
         n = start + tl.arange(0, BLOCK_N)
-        keep_n = n < stop
-        if TILES == HOLES:
-            keep_n = load_keep_n(mask_ptr, mask_stride_n, n, stop)
-        if TILES != HOLES or tl.max(keep_n.to(tl.int32), 0) > 0:
-            v_keep = None if TILES == FULL else keep_n
-            v = load_tile(v_ptr, start, v_strides, v_keep, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-            scores, tile_factor, k = score_tile(
-                q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
-                window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, TILES,
-            )  # fmt: skip
-            probs = tl.exp2(scores * tile_factor - lse2[:, None])
-            d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
-            if stream is not None:
-                kept = dropout_keep(stream, m[:, None], n[None, :], dropout_p)
-                d_probs = drop(d_probs, kept, dropout_p)
-            d_scores = probs * (d_probs - delta[:, None])
-            dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
-            if ROW_SUMS:
-                prob_sum += tl.sum(probs, 1)
-                d_score_sum += tl.sum(d_scores, 1)
-            if REFINE:
-                weighted_k = tl.dot(probs, k, weighted_k, input_precision=PRECISION)
+        keep_n = load_keep_n(mask_ptr, mask_stride_n, n, stop) if MASKED else None
+        v = load_tile(v_ptr, start, v_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
+        scores, tile_factor, k = score_tile(
+            q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
+            window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN,
+        )  # fmt: skip
+        probs = tl.exp2(scores * tile_factor - lse2[:, None])
+        d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+        if stream is not None:
+            kept = dropout_keep(stream, m[:, None], n[None, :], dropout_p)
+            d_probs = drop(d_probs, kept, dropout_p)
+        d_scores = probs * (d_probs - delta[:, None])
+        dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
+        if ROW_SUMS:
+            prob_sum += tl.sum(probs, 1)
+            d_score_sum += tl.sum(d_scores, 1)
+        if REFINE:
+            weighted_k = tl.dot(probs, k, weighted_k, input_precision=PRECISION)
     return dq, prob_sum, d_score_sum, weighted_k
 
 
@@ -113,7 +106,7 @@ def query_gradient_kernel(
     m_last = tl.minimum(m_first + BLOCK_M, rows) - 1
     m = m_first + tl.arange(0, BLOCK_M)
     in_m = m < rows
-    stop, lo, holes_hi, full_lo, full_hi, hi = keys_of_rows(
+    stop, lo, full_lo, full_hi, hi = keys_of_rows(
         m_first, m_last, mask_ptr, mask_strides[1], keys, window_left, window_right, BLOCK_N, SKIP_QUERIES
     )
 
@@ -132,31 +125,24 @@ def query_gradient_kernel(
     prob_sum = tl.zeros((BLOCK_M,), tl.float32)
     d_score_sum = tl.zeros((BLOCK_M,), tl.float32)
     weighted_k = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if mask_ptr is not None:
-        dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
-            dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
-            k_strides, v_strides, mask_strides[1], attn_mask_strides,
-            lo, holes_hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, TILES=HOLES,
-        )  # fmt: skip
     if window_left is not None:
         dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
             dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
             k_strides, v_strides, mask_strides[1], attn_mask_strides,
             lo, full_lo, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, TILES=EDGE,
+            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, MASKED=True,
         )  # fmt: skip
     dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
         dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
         k_strides, v_strides, mask_strides[1], attn_mask_strides,
         full_lo, full_hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, TILES=FULL,
+        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, MASKED=False,
     )  # fmt: skip
     dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
         dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
         k_strides, v_strides, mask_strides[1], attn_mask_strides,
         full_hi, hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, TILES=EDGE,
+        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, MASKED=True,
     )  # fmt: skip
     if ROW_SUMS:
         inverse, drift = refine(prob_sum, d_score_sum, d_lse, live_m)

@@ -31,8 +31,8 @@ def visited_tiles(
 ) -> TileCount:
     """The tiles that the visible keys of a bool [B, N] mask need; DESIGN.md, "Schedule".
 
-    Tiles of a walk start at the first visible key (or query row, where padded queries are skipped) and are needed
-    where the window reaches into them and, in the walk over keys, one of their keys is visible.
+    Tiles of a walk start at the first visible key (or query row, where padded queries are skipped), end with the last,
+    and are needed where the window reaches into them.
     """
     left, right = (None, None) if window is None else window
     reach_back = math.inf if left is None else left
@@ -45,7 +45,7 @@ def visited_tiles(
             continue
         first, stop = shown[0], shown[-1] + 1
         row_first, row_stop = (first, stop) if skip_padded_queries else (0, queries)
-        needed = {(n - first) // block_n * block_n + first for n in shown}
+        needed = range(first, stop, block_n)
         for m in range(0, queries, block_m):
             m_last = min(m + block_m, queries) - 1
             if m < row_stop and m_last >= row_first:

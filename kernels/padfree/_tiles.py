@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# What a walk over tiles may take for granted: every key is visible; those before `stop` are; none.
-FULL, EDGE, HOLES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Philox-2x32 (Salmon et al. 2011): the fewest rounds that pass BigCrush, multiplier and key step
 PHILOX_ROUNDS, PHILOX_M, PHILOX_W = tl.constexpr(7), tl.constexpr(0xD256D193), tl.constexpr(0x9E3779B9)
@@ -91,10 +89,10 @@ def keys_of_rows(
     m_first, m_last, mask_ptr, mask_stride_n, num_keys, window_left, window_right,
     BLOCK_N: tl.constexpr, SKIP_QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """(stop, lo, holes_hi, full_lo, full_hi, hi): what rows m_first..m_last walk.
+    """(stop, lo, full_lo, full_hi, hi): what rows m_first..m_last walk.
 
-    [lo, holes_hi) tile by tile with the mask's bytes, where padding leaves holes; else the edge [lo, full_lo), the
-    full tiles [full_lo, full_hi) and the edge [full_hi, hi). No key at or beyond `stop` is visible.
+    The edge [lo, full_lo), the full tiles [full_lo, full_hi) and the edge [full_hi, hi), which is all where padding
+    leaves holes between visible keys. No key at or beyond `stop` is visible.
     """
     first, stop, holes = visible_span(mask_ptr, mask_stride_n, num_keys)
     lo, full_lo, full_hi, hi = visible_range(
@@ -105,8 +103,7 @@ def keys_of_rows(
     if SKIP_QUERIES:
         real = real & (m_first < stop) & (m_last >= first)
     hi = tl.where(real, hi, lo)
-    full_lo, full_hi = tl.minimum(full_lo, hi), tl.minimum(full_hi, hi)
-    return stop, lo, tl.where(holes, hi, lo), full_lo, full_hi, tl.where(holes, full_hi, hi)
+    return stop, lo, tl.minimum(full_lo, hi), tl.minimum(full_hi, hi), hi
 
 
 @triton.jit
@@ -235,12 +232,10 @@ def score_tile(
     q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
     window_left, window_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """(scores [BLOCK_M, BLOCK_N] with hidden keys at -inf, the factor that makes them scores2, k)."""
-    k = load_tile(
-        k_ptr, start, k_strides, None if TILES == FULL else keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN
-    )
+    k = load_tile(k_ptr, start, k_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
     attn_mask = None
     if attn_mask_ptr is not None:
         in_mn = live_m[:, None] & (n < stop)[None, :]
@@ -248,7 +243,7 @@ def score_tile(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if attn_mask_ptr is not None:
         scores, factor = apply_attn_mask(scores, factor, attn_mask, IS_BIAS)
-    if TILES != FULL:
+    if keep_n is not None:
         scores = hide_keys(scores, keep_n, m, n, window_left, window_right)
     return scores, factor, k
 

@@ -99,8 +99,11 @@ FAULTS = [
     ),
     query_gradient(
         "edge tiles of dq are not masked", "mask",
-        fragment="PRECISION, ALIGN, TILES,\n            )  # fmt: skip",
-        replacement="PRECISION, ALIGN, FULL if TILES == EDGE else TILES,\n            )  # fmt: skip",
+        fragment="load_keep_n(mask_ptr, mask_stride_n, n, stop) if MASKED else None", replacement="None",
+    ),
+    key_gradient(
+        "dk and dv take LSE and delta for each other", "saved statistics",
+        fragment="tl.join(lse2_ptr + m, delta_ptr + m)", replacement="tl.join(delta_ptr + m, lse2_ptr + m)",
     ),
     key_gradient(
         "dk and dv ignore the window", "window",

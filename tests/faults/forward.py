@@ -21,18 +21,13 @@ FAULTS = [
         file="_tiles.py",
     ),
     forward(
-        "a sequence with holes is walked twice", "mask",
-        fragment="full_hi, tl.where(holes, full_hi, hi)", replacement="full_hi, hi",
-        file="_tiles.py",
-    ),
-    forward(
-        "tiles with holes are skipped", "mask",
-        fragment="lo, tl.where(holes, hi, lo)", replacement="lo, lo",
+        "tiles with holes are taken for full ones", "mask",
+        fragment="m_first, m_last, first, stop, holes, window_left", replacement="m_first, m_last, first, stop, m_first < 0, window_left",
         file="_tiles.py",
     ),
     forward(
         "edge tiles are not masked", "mask",
-        fragment="if TILES != FULL:\n        scores = hide_keys", replacement="if False:\n        scores = hide_keys",
+        fragment="if keep_n is not None:\n        scores = hide_keys", replacement="if False:\n        scores = hide_keys",
         file="_tiles.py",
     ),
     forward(
@@ -41,7 +36,7 @@ FAULTS = [
     ),
     forward(
         "the edge tiles on the right are skipped", "window",
-        fragment="full_hi, tl.where(holes, full_hi, hi)", replacement="full_hi, tl.where(holes, full_hi, full_hi)",
+        fragment="tl.minimum(full_hi, hi), hi", replacement="tl.minimum(full_hi, hi), tl.minimum(full_hi, hi)",
         file="_tiles.py",
     ),
     forward(
