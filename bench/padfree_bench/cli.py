@@ -10,10 +10,9 @@ from padfree_bench.results import RESULTS, DeviceLost
 OWN_OPTIONS = {
     "compile-report": "padfree_bench.compile_report",
     "tune": "padfree_bench.tune",
-    "gpu-check": "padfree_bench.gpu_check",
+    "gpu-round": "padfree_bench.gpu_round.driver",
     "report": "padfree_bench.report",
     "compare": "padfree_bench.compare",
-    "plan": "padfree_bench.plan",
 }
 SUITES = {
     "attention": "one attention call: every peer, forward, backward and both",
@@ -25,10 +24,9 @@ SUITES = {
 HELP = {
     "compile-report": "registers, shared memory and predicted time of every kernel configuration, without a GPU",
     "tune": "propose rows for the kernel's configuration table: measured on a GPU, else predicted",
-    "gpu-check": "prove the kernels on a GPU step by step, with a JSON verdict; a rehearsal without one",
+    "gpu-round": "a GPU's quarter of an hour: proof and first figures, then all tables; a rehearsal without one",
     "report": "plots, one HTML page, and README's table from the result files",
     "compare": "what got slower from result file A to B beyond noise",
-    "plan": "the full GPU round in three parts of under nine minutes each",
 }
 
 
