@@ -297,7 +297,10 @@ class TestMeasures:
             (4 * tensor, 4 * tensor + lse),
         ]
 
-    def test_a_figure_below_its_floor_is_a_fault_whatever_else_its_row_says(self) -> None:
+    def test_a_figure_below_its_floor_is_a_fault_whatever_else_its_row_says(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(attention, "measure_ceilings", lambda *_: Ceilings(1.0, {"fp32": 1.0}, 1.0))
         slow, inputs = Ceilings(1.0, {"fp32": 1.0}, 1.0), make_inputs(SMALL, CPU)
         peers = [PEERS["sdpa"], PEERS["sdpa-flash-nomask"]]
         rows = {row.peer: row for row in rows_of(SMALL, peers, ["forward"], CPU, FAST, slow)}
@@ -308,6 +311,21 @@ class TestMeasures:
         attention.fill_speed(row, inputs, "forward", slow)
         assert row.status == FAULT
         assert row.reason.startswith("launches not counted; as a graph faster than its floor of ")
+
+    def test_ceilings_are_measured_anew_before_a_figure_is_called_a_fault(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[set[str]] = []
+
+        def measured(device: torch.device, dtypes: set[str]) -> Ceilings:
+            asked.append(dtypes)
+            return Ceilings(1.0, {"fp32": 1e15}, 1e15)
+
+        monkeypatch.setattr(attention, "measure_ceilings", measured)
+        disturbed = Ceilings(1e15, {"fp32": 1.0}, 1.0)
+        (row,) = rows_of(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, disturbed)
+        assert (row.status, row.reason, asked) == (OK, "", [{"fp32"}])
+        assert disturbed == Ceilings(1e15, {"fp32": 1e15}, 1e15)
 
     def test_a_call_that_was_issued_too_slowly_for_its_events_is_marked(
         self, monkeypatch: pytest.MonkeyPatch

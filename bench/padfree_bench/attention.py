@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from padfree_bench.cases import DIRECTIONS, Case, choose_cases
-from padfree_bench.ceilings import Ceilings, work
+from padfree_bench.ceilings import Ceilings, measure_ceilings, work
 from padfree_bench.check import compute_truth
 from padfree_bench.clocks import Watch
 from padfree_bench.contenders import MAKE_CALL, Contender, admit, fill_profile, release, start_row
@@ -26,10 +26,7 @@ ANCHORS = ("padfree-skip", "padfree", "sdpa")
 
 
 def fill_speed(row: Row, inputs: Inputs, direction: str, ceilings: Ceilings) -> None:
-    """Rates and the fraction of the roofline from a measured median, and whether a median is faster than can be.
-
-    An upper bound computes something else, so that this floor is not its own.
-    """
+    """Rates and the fraction of the roofline from a measured median; a row that is faster than can be is a fault."""
     assert row.ms_p50 is not None
     seconds, needed = row.ms_p50 / 1e3, work(inputs, direction)
     row.tflops = needed.flops / seconds / 1e12
@@ -38,10 +35,18 @@ def fill_speed(row: Row, inputs: Inputs, direction: str, ceilings: Ceilings) -> 
     row.reviews_per_s = inputs.case.batch / seconds
     floor_ms, row.bound = ceilings.floor(needed, inputs.case.dtype)
     row.fraction = floor_ms / row.ms_p50
+    if beaten := beaten_floor(row, inputs, direction, ceilings):
+        row.status = FAULT
+        row.remark(beaten)
+
+
+def beaten_floor(row: Row, inputs: Inputs, direction: str, ceilings: Ceilings) -> str:
+    """Which of the row's medians is below its floor, or "". An upper bound computes something else: it has no floor."""
+    floor_ms, bound = ceilings.floor(work(inputs, direction), inputs.case.dtype)
     for name, taken in (("", row.ms_p50), ("as a graph ", row.graph_ms)):
-        if taken is not None and taken < floor_ms and row.status in (OK, FAULT):
-            row.status = FAULT
-            row.remark(f"{name}faster than its floor of {floor_ms:.4g} ms ({row.bound})")
+        if row.status == OK and taken is not None and taken < floor_ms:
+            return f"{name}faster than its floor of {floor_ms:.4g} ms ({bound})"
+    return ""
 
 
 def add_graph(calls: dict[str, Call], row: Row, make_call: Callable[[], Call]) -> None:
@@ -70,7 +75,11 @@ def drop_failing(calls: dict[str, Call], rows: list[Row]) -> None:
                     row.graph_reason = f"no CUDA graph: {first_line(error)}"
 
 
-def fill_graph(row: Row, samples: dict[str, Sample]) -> None:
+def fill_times(row: Row, samples: dict[str, Sample]) -> None:
+    """Quantiles of the row's call, and of its graph where it has one."""
+    sample = samples[row.peer]
+    row.ms_p20, row.ms_p50, row.ms_p80 = sample.p20, sample.p50, sample.p80
+    row.repetitions, row.host_us = sample.repetitions, sample.host_us
     if (graph := samples.get(f"{row.peer} graph")) is not None:
         row.graph_p20, row.graph_ms, row.graph_p80 = graph.p20, graph.p50, graph.p80
 
@@ -109,14 +118,15 @@ def run_direction(
     samples = measure(calls, device, effort, watch=watch)
     if watch.readings:
         clocks.append(watch.entry)
-    for row in rows:
-        if (sample := samples.get(row.peer)) is None:
-            continue
-        row.ms_p20, row.ms_p50, row.ms_p80 = sample.p20, sample.p50, sample.p80
-        row.repetitions, row.host_us = sample.repetitions, sample.host_us
-        fill_graph(row, samples)
+    timed = [row for row in rows if row.peer in samples]
+    for row in timed:
+        fill_times(row, samples)
+    if any(beaten_floor(row, inputs, direction, ceilings) for row in timed):
+        # Before a figure is called a fault, the ceilings are: they may have been read in a bad moment.
+        ceilings.raise_to(measure_ceilings(device, set(ceilings.flops_per_s)))
+    for row in timed:
         fill_speed(row, inputs, direction, ceilings)
-        if sample.host_us is not None and sample.host_us > WAIT_US:
+        if row.host_us is not None and row.host_us > WAIT_US:
             row.remark(HOST_BOUND)
         if watch.remark:
             row.remark(watch.remark)

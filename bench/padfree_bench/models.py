@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from padfree_bench import profiling
-from padfree_bench.attention import add_graph, fill_graph
+from padfree_bench.attention import add_graph, fill_times
 from padfree_bench.cases import DTYPES
 from padfree_bench.check import limit_of
 from padfree_bench.clocks import Watch
@@ -239,11 +239,9 @@ def _time(
         session.result.clocks.append(watch.entry)
     for name in built:
         row, sample = of_mode[name], samples[name]
-        row.ms_p20, row.ms_p50, row.ms_p80 = sample.p20, sample.p50, sample.p80
-        row.repetitions = sample.repetitions
+        fill_times(row, samples)
         row.tokens_per_s = batch.tokens / sample.p50 * 1e3
         row.reviews_per_s = len(batch.labels) / sample.p50 * 1e3
-        fill_graph(row, samples)
         if watch.remark:
             row.remark(watch.remark)
 

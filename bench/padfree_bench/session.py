@@ -84,7 +84,6 @@ class Session:
         slug = machine.device_slug(self.device)
         self.folder = Path(options.output) / (f"{slug}-quick" if options.quick else slug)
         self.ceilings: Ceilings = measure_ceilings(self.device, set(dtypes))
-        self.result.ceilings = asdict(self.ceilings)
         self.lost: DeviceLost | None = None
 
     def run(self, cases: Iterable[tuple[str, Callable[[], Parts]]]) -> Result:
@@ -141,6 +140,7 @@ class Session:
             )
 
     def _save(self) -> None:
+        self.result.ceilings = asdict(self.ceilings)
         if self.measured:
             save(self.result, self.folder)
 
