@@ -331,6 +331,22 @@ class TestCommit:
         assert machine.commit()[0] == "c" * 40
 
 
+@pytest.mark.parametrize("options", [[], ["--no-pictures"]])
+def test_pictures_may_wait_for_the_report(options: list[str], tmp_path: Path) -> None:
+    arguments = [
+        "attention",
+        "--quick",
+        "--peers",
+        "sdpa",
+        "--directions",
+        "forward",
+        "--output",
+        str(tmp_path),
+    ]
+    assert cli.main([*arguments, "--shapes", "B1-H1-D8-S16", *options]) == 0
+    assert any(tmp_path.glob("*/plots")) == (not options)
+
+
 def test_what_does_not_fit_costs_its_case_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

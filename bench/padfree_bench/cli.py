@@ -71,6 +71,7 @@ def add_suite_options(suite: argparse.ArgumentParser, name: str) -> None:
             "--twice", action="store_true", help="time every peer a second time under another name"
         )
     suite.add_argument("--seed", type=int, help="draw the inputs of an earlier run; a new seed when left out")
+    suite.add_argument("--no-pictures", action="store_true", help="draw none now; `report` draws them later")
     suite.add_argument("--json", action="store_true", help="print the result file instead of the table")
     suite.add_argument(
         "--minutes", type=positive_minutes, help="start no further case after this many minutes"

@@ -130,10 +130,12 @@ class Session:
             if self.lost:
                 return
             raise ValueError("nothing was measured; files of earlier runs are left as they were")
+        print(f"saved {self.folder / self.result.suite}.json, .csv and .md", file=sys.stderr)
+        if self.options.no_pictures:
+            return
         from padfree_bench.plots import draw_all  # matplotlib takes a second to import
 
         pictures = draw_all(self.result, self.folder / "plots")
-        print(f"saved {self.folder / self.result.suite}.json, .csv and .md", file=sys.stderr)
         if pictures:
             print(
                 f"drew {len(pictures)} pictures in {self.folder / 'plots'}, as .png and .svg", file=sys.stderr
