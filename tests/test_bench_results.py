@@ -14,6 +14,7 @@ import torch
 from padfree_bench import attention, cli, plots, readme, report
 from padfree_bench.cases import Case
 from padfree_bench.compare import changes, main
+from padfree_bench.contenders import admit
 from padfree_bench.inputs import make_inputs
 from padfree_bench.peers import Peer
 from padfree_bench.results import NOT_RUN, OK, Result, Row, from_json, load, markdown, save, to_json
@@ -211,13 +212,11 @@ class TestResults:
         def fail() -> None:
             raise torch.AcceleratorError("illegal memory access")
 
-        def run_case(case: Case, *rest: object) -> list[Row]:
+        def run_case(case: Case, *rest: object, **options: object) -> list[Row]:
             if case.seq == 24 and found_by == "clock":
                 fail()
             if case.seq == 24:
-                attention.admit(
-                    Peer("bad", lambda inputs, training: fail(), ""), make_inputs(case, CPU), None, False
-                )  # type: ignore[arg-type, return-value]
+                admit(Peer("bad", lambda inputs, training: fail(), ""), make_inputs(case, CPU), None, False)  # type: ignore[arg-type, return-value]
             return [a_row("sdpa", 1.0, case.id)]
 
         monkeypatch.setattr(torch.cuda, "synchronize", fail)

@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-from padfree_bench.results import RESULTS, DeviceLost
+from padfree_bench.results import RESULTS, DeviceLost, fault_line
 
 # Owned by modules with their own options; imported only when asked for.
 OWN_OPTIONS = {
@@ -68,6 +68,8 @@ def add_suite_options(suite: argparse.ArgumentParser, name: str) -> None:
         suite.add_argument(
             "--twice", action="store_true", help="time every peer a second time under another name"
         )
+    suite.add_argument("--seed", type=int, help="draw the inputs of an earlier run; a new seed when left out")
+    suite.add_argument("--no-pictures", action="store_true", help="draw none now; `report` draws them later")
     suite.add_argument("--json", action="store_true", help="print the result file instead of the table")
     suite.add_argument(
         "--minutes", type=positive_minutes, help="start no further case after this many minutes"
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     module = importlib.import_module(f"padfree_bench.{options.suite}")
     try:
-        module.run(options, argv)
+        result = module.run(options, argv)
     except (ValueError, OSError) as error:
         print(f"python -m bench {options.suite}: {error}", file=sys.stderr)
         return 2
@@ -96,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the cases measured so far are saved", file=sys.stderr)
         return 130
-    return 0
+    if result.faults:
+        print(f"python -m bench {options.suite}: {fault_line(result)}; all is saved", file=sys.stderr)
+    return 1 if result.faults else 0
 
 
 def _own_options(name: str, argv: list[str]) -> int:
