@@ -36,8 +36,8 @@ def check_agreement(device: torch.device) -> list[str]:
     """Every case by the error rule; the failures by name."""
     on_gpu = device.type == "cuda"
     cases = agreement.all_cases(_configs.architecture(device) if on_gpu else 90)
-    # The figures' own shapes are too much for a CPU's fp64.
-    cases = cases if on_gpu else [case for case in cases if case.batch < 16]
+    # A rehearsal takes some, and not the figures' own shapes, which are too much for a CPU's fp64.
+    cases = cases if on_gpu else [case for case in cases if case.batch < 16][::6]
     failed: list[str] = []
     for done, case in enumerate(cases, start=1):
         try:

@@ -57,7 +57,7 @@ def worker(*arguments: str) -> tuple[str, ...]:
 
 def suite(around: Round, name: str, label: str, seconds: int, *arguments: str) -> tuple[str, ...]:
     """A suite that starts no case once its time is nearly up; without a GPU its quick form."""
-    line = [name, "--label", label, "--minutes", f"{max(seconds - 12, 6) / 60:.2f}", "--no-plots"]
+    line = [name, "--label", label, "--minutes", f"{max(seconds - 12, 6) / 60:.2f}", "--no-pictures"]
     return bench(*line, "--output", str(around.output), *(arguments if around.on_gpu else ("--quick",)))
 
 
