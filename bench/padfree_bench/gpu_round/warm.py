@@ -152,11 +152,13 @@ def compile_item(item: Item) -> list[tuple[str, float, bool]]:
 
 
 def build_launcher(kernel: Any) -> None:
-    """The C function that hands a kernel its arguments, which Triton otherwise compiles at the first launch (0.4 s)."""
-    from triton.backends.nvidia.driver import CudaLauncher
+    """The C function that hands a kernel its arguments, which Triton 3.6 otherwise compiles at the first launch (0.4 s)."""
+    from triton.backends.nvidia import driver
 
+    if not hasattr(driver, "make_launcher"):
+        return  # from 3.7 on one launcher serves all kernels
     try:
-        CudaLauncher(kernel.src, kernel.metadata)
+        driver.CudaLauncher(kernel.src, kernel.metadata)
     except (ImportError, AssertionError, OSError):
         pass  # no libcuda to load it with: the launch will make it, or has it in the cache now
 
