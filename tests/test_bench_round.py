@@ -160,7 +160,9 @@ def test_a_packed_cache_gives_hits_in_another_folder(tmp_path: Path) -> None:
     made = hits(tmp_path / "made")
     assert made and not any(made)
     assert carry.pack(tmp_path / "made", tmp_path / "cache.tar.xz")
-    assert hits(tmp_path / "elsewhere", str(tmp_path / "cache.tar.xz"), str(tmp_path / "elsewhere")) == [True] * len(made)
+    assert hits(tmp_path / "elsewhere", str(tmp_path / "cache.tar.xz"), str(tmp_path / "elsewhere")) == [
+        True
+    ] * len(made)
 
 
 def test_every_row_that_hopper_uses_has_a_case() -> None:
@@ -182,9 +184,18 @@ def test_every_row_that_hopper_uses_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["one token", "packed, D 8", "one qkv buffer, D 8", "padding holes, skipped, float32 D 32", "dropout, D 8"]
+    "name",
+    [
+        "one token",
+        "packed, D 8",
+        "one qkv buffer, D 8",
+        "padding holes, skipped, float32 D 32",
+        "dropout, D 8",
+    ],
 )
-def test_agreement_passes_the_right_answer_and_no_wrong_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_passes_the_right_answer_and_no_wrong_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = next(case for case in agreement.all_cases(90) if case.name == name)
     agreement.check_case(case, CPU, "reference")
     right = agreement.FORMS[case.form]

@@ -81,7 +81,10 @@ def predictions(facts: list[Facts]) -> list[dict[str, Any]]:
                 prediction = predict(kernel, compiled.costs, arch, lengths, heads, head_dim, SEQ, itemsize)
                 shape = f"B{BATCH}-H{heads}-D{head_dim}-S{SEQ}-imdb"
                 row = {"arch": arch, "dtype": dtype, "case": shape, "kernel": kernel, **asdict(prediction)}
-                rows.append(row | {"floor": prediction.floor, "bound": prediction.bound, "expected": prediction.expected})
+                rows.append(
+                    row
+                    | {"floor": prediction.floor, "bound": prediction.bound, "expected": prediction.expected}
+                )
     return rows
 
 

@@ -46,7 +46,9 @@ class Case:
         )  # fmt: skip
         if not self.attn_mask:
             return made
-        drawn = torch.randn(self.batch, self.heads, self.queries, self.keys, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randn(
+            self.batch, self.heads, self.queries, self.keys, generator=torch.Generator().manual_seed(seed)
+        )
         mask = drawn > 0.5 if self.attn_mask == "bool" else drawn.to(self.dtype)
         return replace(made, attn_mask=mask.to(device))
 
@@ -76,7 +78,9 @@ def feature_cases() -> Iterator[Case]:
         yield Case(f"grouped heads, D {dim}", 70, 90, dim, heads=4, kv_heads=2)
         yield Case(f"packed, D {dim}", 150, 150, dim, form="packed", options=SKIP)
         yield Case(f"one qkv buffer, D {dim}", 150, 150, dim, form="qkv", options=SKIP)
-    yield Case("everything", 70, 70, 64, attn_mask="bias", heads=4, kv_heads=2, options=(("window", (30, 20)),))
+    yield Case(
+        "everything", 70, 70, 64, attn_mask="bias", heads=4, kv_heads=2, options=(("window", (30, 20)),)
+    )
     yield Case("unit scale", 70, 70, 32, options=(("scale", 1.0),))
     yield Case("unit scale, fp32", 70, 70, 32, FLOAT, options=(("scale", 1.0),))
     yield Case("negative scale", 70, 70, 32, options=(("scale", -0.5),))

@@ -130,7 +130,13 @@ def check_repeats(device: torch.device) -> list[str]:
             name = f"H{heads} D{head_dim} {form}"
             if differing := int(changed):
                 failed.append(f"{name}: {differing} tensors of {count} repeats differ")
-            say(repeats=name, count=count, differing=int(changed), seconds=time.monotonic() - begin, failed=failed)
+            say(
+                repeats=name,
+                count=count,
+                differing=int(changed),
+                seconds=time.monotonic() - begin,
+                failed=failed,
+            )
     return failed
 
 

@@ -75,7 +75,12 @@ def run_step(around: Round, step: Step, seconds: float) -> Outcome:
     try:
         with log.open("w") as output:
             status = run_limited(
-                step.command, limit, cwd=ROOT, env=environment(around, step), stdout=output, stderr=subprocess.STDOUT
+                step.command,
+                limit,
+                cwd=ROOT,
+                env=environment(around, step),
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
     except OSError as error:
         return Outcome(step.name, FAILED, reason=str(error))
@@ -85,7 +90,10 @@ def run_step(around: Round, step: Step, seconds: float) -> Outcome:
     outcome = Outcome(step.name, PASSED if around.on_gpu else REHEARSED, time.monotonic() - start)
     outcome.details = next((found for line in reversed(lines) if (found := _json(line)) is not None), {})
     if status is None:
-        outcome.status, outcome.reason = TIMED_OUT, f"stopped after {limit:.0f} s; what it had written is kept"
+        outcome.status, outcome.reason = (
+            TIMED_OUT,
+            f"stopped after {limit:.0f} s; what it had written is kept",
+        )
     elif status:
         said = [line for line in lines if _json(line) is None]
         outcome.status, outcome.reason = FAILED, f"status {status}: {' / '.join(said[-3:])[:600]}"
@@ -111,7 +119,9 @@ def verdict_of(outcomes: list[Outcome], steps: list[Step], on_gpu: bool) -> str:
     return PASSED if all(outcome.status == PASSED for outcome in outcomes) else "incomplete"
 
 
-def save(around: Round, part: str, versions: dict[str, Any], steps: list[Step], outcomes: list[Outcome]) -> str:
+def save(
+    around: Round, part: str, versions: dict[str, Any], steps: list[Step], outcomes: list[Outcome]
+) -> str:
     """Write the state of the part whole or not at all; returns its verdict."""
     verdict = verdict_of(outcomes, steps, around.on_gpu)
     content = {
@@ -157,8 +167,12 @@ def table(steps: list[Step], outcomes: list[Outcome]) -> str:
     """What was done, skipped and why, a line a step."""
     lines = []
     for number, step in enumerate(steps):
-        outcome = outcomes[number] if number < len(outcomes) else Outcome(step.name, NOT_RUN, reason="not reached")
-        lines.append(f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s of {step.seconds:3}  {outcome.reason or step.summary}")
+        outcome = (
+            outcomes[number] if number < len(outcomes) else Outcome(step.name, NOT_RUN, reason="not reached")
+        )
+        lines.append(
+            f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s of {step.seconds:3}  {outcome.reason or step.summary}"
+        )
     return "\n".join(lines)
 
 
@@ -183,20 +197,35 @@ def run_part(part: str, output: Path, packed: Path | None, only: list[str] | Non
         verdict = save(around, part, versions, steps, outcomes)
         if packed is not None:
             archive(around.folder, packed)
-        print(f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s  {outcome.reason or outcome.details}"[:300], flush=True)
-    print(f"\n{table(steps, outcomes)}\n{verdict}: {around.folder / f'round-{part}.json'}, {time.monotonic() - begin:.0f} s in all")
+        print(
+            f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s  {outcome.reason or outcome.details}"[
+                :300
+            ],
+            flush=True,
+        )
+    print(
+        f"\n{table(steps, outcomes)}\n{verdict}: {around.folder / f'round-{part}.json'}, {time.monotonic() - begin:.0f} s in all"
+    )
     return 0 if verdict in (PASSED, REHEARSED) else 1
 
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
-        prog="python3 -m bench gpu-round", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m bench gpu-round",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_argument("--part", required=True, choices=("prepare", *PART_SECONDS))
-    options.add_argument("--output", type=Path, default=RESULTS, help="folder for results (default: bench/results)")
-    options.add_argument("--archive", type=Path, help="pack the card's folder into this .tar.gz after every step")
+    options.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder for results (default: bench/results)"
+    )
+    options.add_argument(
+        "--archive", type=Path, help="pack the card's folder into this .tar.gz after every step"
+    )
     options.add_argument("--steps", help="names by comma; all when left out")
-    options.add_argument("--reviews", type=Path, help="prepare: a .parquet of reviews (text, label) to take 4,000 from")
+    options.add_argument(
+        "--reviews", type=Path, help="prepare: a .parquet of reviews (text, label) to take 4,000 from"
+    )
     options.add_argument("--tokenizer", type=Path, help="prepare: a tokenizer's folder")
     return options
 
@@ -212,7 +241,10 @@ def main(argv: list[str]) -> int:
     only = options.steps.split(",") if options.steps else None
     known = [step.name for step in PARTS[options.part](Round(RESULTS, RESULTS, CARRY, on_gpu=False))]
     if unknown := set(only or ()) - set(known):
-        print(f"python3 -m bench gpu-round: steps must be of {', '.join(known)}, got {', '.join(sorted(unknown))}", file=sys.stderr)
+        print(
+            f"python3 -m bench gpu-round: steps must be of {', '.join(known)}, got {', '.join(sorted(unknown))}",
+            file=sys.stderr,
+        )
         return 2
     if options.archive:
         options.archive.parent.mkdir(parents=True, exist_ok=True)

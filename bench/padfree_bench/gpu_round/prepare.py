@@ -69,7 +69,9 @@ def compile_all() -> int:
         status = 0
         for part in ("smoke", "main"):
             print(f"compiling {part}", flush=True)
-            done = subprocess.run(worker("padfree_bench.gpu_round.warm", part, "--last"), cwd=ROOT, env=environment, check=False)
+            done = subprocess.run(
+                worker("padfree_bench.gpu_round.warm", part, "--last"), cwd=ROOT, env=environment, check=False
+            )
             status |= done.returncode
     print(f"{pack(CACHE, CARRY / 'triton-cache.tar.xz')} files of kernels packed")
     return status

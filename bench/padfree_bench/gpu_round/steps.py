@@ -1,5 +1,6 @@
 """What the two parts of the GPU round do, the most valuable first, each step within a limit of its own."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,14 @@ MEMORY = ("B128-H12-D64-S512-scaled-bf16", "B16-H12-D64-S4096-scaled-bf16")
 FIRST_PEERS = (
     "padfree,padfree-skip,padfree-varlen,sdpa,sdpa-efficient,sdpa-cudnn,varlen_attn,varlen_attn+pack"
 )
-OUR_PEERS = ("padfree", "padfree-skip", "padfree-varlen", "padfree-varlen+pack", "padfree-qkv", "padfree-nomask")
+OUR_PEERS = (
+    "padfree",
+    "padfree-skip",
+    "padfree-varlen",
+    "padfree-varlen+pack",
+    "padfree-qkv",
+    "padfree-nomask",
+)
 
 
 @dataclass(frozen=True)
@@ -61,24 +69,41 @@ def suite(around: Round, name: str, label: str, seconds: int, *arguments: str) -
     return bench(*line, "--output", str(around.output), *(arguments if around.on_gpu else ("--quick",)))
 
 
-def attention(around: Round, label: str, seconds: int, shapes: tuple[str, ...], *more: str) -> tuple[str, ...]:
+def attention(
+    around: Round, label: str, seconds: int, shapes: tuple[str, ...], *more: str
+) -> tuple[str, ...]:
     return suite(around, "attention", label, seconds, "--shapes", ",".join(shapes), *more)
 
 
 def end_to_end(around: Round, how: str) -> tuple[str, ...]:
     """Two epochs of imdb-train on the reviews that travelled along, in bf16 on a GPU."""
     data = ("--dataset", str(CARRY / "reviews"), "--tokenizer", str(CARRY / "tokenizer"))
-    kept = ("--cache-dir", str(CARRY / "tokens"), "--output-dir", str(around.folder / f"train-{how}"), "--overwrite")
+    kept = (
+        "--cache-dir",
+        str(CARRY / "tokens"),
+        "--output-dir",
+        str(around.folder / f"train-{how}"),
+        "--overwrite",
+    )
     few = ("--precision", "bf16") if around.on_gpu else ("--limit", "192")
     attention = ("--fused",) if how == "padfree" and around.on_gpu else ("--no-fused",)
-    return worker("imdb_classifier.train", *data, *kept, "--preset", "notebook", "--epochs", "2", *attention, *few)
+    return worker(
+        "imdb_classifier.train", *data, *kept, "--preset", "notebook", "--epochs", "2", *attention, *few
+    )
 
 
 def sanitized(tool: str) -> tuple[str, ...]:
-    from padfree_bench.sanitizer_tool import find_compute_sanitizer
-
-    run = worker("padfree_bench.gpu_round.checks", "touch")
-    return (find_compute_sanitizer() or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *run)
+    """Each kernel once under NVIDIA's compute-sanitizer, from PATH or else from a CUDA toolkit."""
+    toolkits = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
+    program = shutil.which("compute-sanitizer") or str(next(iter(toolkits), "compute-sanitizer"))
+    return (
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        *worker("padfree_bench.gpu_round.checks", "touch"),
+    )
 
 
 def smoke(around: Round) -> list[Step]:

@@ -176,7 +176,9 @@ def warm(todo: list[Item], jobs: int, quiet: bool = False) -> dict[str, Any]:
                     kernels["hits" if hit else "compiled"] += 1
                     seconds += 0 if hit else taken
             except Exception as error:  # noqa: BLE001 - the later step will say what is wrong with this call
-                failed.append(f"{' '.join(futures[future])}: {str(error).splitlines()[0] if str(error) else error!r}")
+                failed.append(
+                    f"{' '.join(futures[future])}: {str(error).splitlines()[0] if str(error) else error!r}"
+                )
             summary = {
                 "items": done, "of": len(todo), **kernels, "core_seconds": seconds, "jobs": jobs,
                 "seconds": time.monotonic() - begin, "failed": failed,
@@ -198,7 +200,16 @@ def main() -> int:
     if chosen.some and summary.get("compiled"):
         kernel_seconds = summary["core_seconds"] / summary["compiled"]
         expected = len(todo) / summary["items"] * (summary["compiled"] + summary.get("hits", 0))
-        print(json.dumps(summary | {"all_items": len(todo), "expected_kernels": round(expected), "seconds_a_kernel": kernel_seconds}))
+        print(
+            json.dumps(
+                summary
+                | {
+                    "all_items": len(todo),
+                    "expected_kernels": round(expected),
+                    "seconds_a_kernel": kernel_seconds,
+                }
+            )
+        )
     return 1 if summary.get("failed") else 0
 
 
