@@ -71,7 +71,7 @@ def test_a_step_that_fails_says_why_and_never_passes_without_a_gpu(around: Round
 def test_a_verdict_is_passed_only_on_a_gpu_with_everything_done() -> None:
     todo = [python("", "one"), python("", "two")]
     passed, skipped, failed = (driver.Outcome("", status) for status in ("passed", "not run", "failed"))
-    verdict = lambda outcomes, on_gpu=True: driver.verdict_of(outcomes, todo, on_gpu)  # noqa: E731
+    verdict = lambda outcomes, on_gpu=True: driver.verdict_of(outcomes, todo, on_gpu)
     assert verdict([passed, passed]) == "passed"
     assert verdict([passed]) == "unfinished"
     assert verdict([passed, skipped]) == "incomplete"

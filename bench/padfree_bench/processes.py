@@ -22,7 +22,8 @@ def die_with_parent() -> None:
 
 def run_limited(command: Sequence[str], seconds: float, **options: Any) -> int | None:
     """The command's exit status, or None where it ran past `seconds`; nothing it started outlives the call."""
-    process = subprocess.Popen(command, process_group=0, preexec_fn=die_with_parent, **options)
+    # prctl is all that runs between fork and exec, which threads cannot disturb.
+    process = subprocess.Popen(command, process_group=0, preexec_fn=die_with_parent, **options)  # noqa: PLW1509
     try:
         return process.wait(timeout=max(seconds, 0))
     except subprocess.TimeoutExpired:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from padfree import _configs, attention, testing
+from padfree.api import Impl
 from padfree_bench.gpu_round import agreement
 from padfree_bench.machine import pick_device
 from padfree_bench.timing import capture_graph, own_stream
@@ -28,7 +29,7 @@ def say(**found: Any) -> None:
     print(json.dumps(found), flush=True)
 
 
-def impl_on(device: torch.device) -> str:
+def impl_on(device: torch.device) -> Impl:
     return "triton" if device.type == "cuda" else "reference"
 
 
@@ -66,8 +67,8 @@ def call_at(heads: int, head_dim: int, device: torch.device) -> Callable[[], lis
     inputs = testing.make_inputs(
         batch, heads, seq, seq, head_dim, dtype=torch.bfloat16, padding="right", device=device
     )
-    call = lambda *tensors, **options: attention(*tensors, impl=impl_on(device), **options)  # noqa: E731
-    run = lambda: testing.run(call, inputs, skip_padded_queries=True)  # noqa: E731
+    call = lambda *tensors, **options: attention(*tensors, impl=impl_on(device), **options)
+    run = lambda: testing.run(call, inputs, skip_padded_queries=True)
     return lambda: [result for result in run() if result is not None]
 
 
@@ -142,12 +143,12 @@ def check_repeats(device: torch.device) -> list[str]:
 
 def check_graph(device: torch.device) -> list[str]:
     """A captured forward and backward replayed on new inputs, while another stream fills memory with NaN."""
-    make = lambda seed: testing.make_inputs(  # noqa: E731
+    make = lambda seed: testing.make_inputs(
         16, 4, 400, 400, 64, dtype=torch.bfloat16, padding="right", seed=seed, device=device
     )
     inputs, failed = make(0), list[str]()
-    call = lambda *tensors, **options: attention(*tensors, impl="triton", **options)  # noqa: E731
-    run = lambda: [r for r in testing.run(call, inputs, skip_padded_queries=True) if r is not None]  # noqa: E731
+    call = lambda *tensors, **options: attention(*tensors, impl="triton", **options)
+    run = lambda: [r for r in testing.run(call, inputs, skip_padded_queries=True) if r is not None]
     replay, other = replayed(run), torch.cuda.Stream()
     for seed in range(1, 31):
         fresh = make(seed)

@@ -80,7 +80,7 @@ def compile_all() -> int:
 def carry_reviews(reviews: Path, tokenizer: Path) -> int:
     """Draw reviews, copy the tokenizer, and let imdb-train itself cut both splits into tokens on its way."""
     import numpy
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     for name in ("reviews", "tokens", "tokenizer"):
         shutil.rmtree(CARRY / name, ignore_errors=True)

@@ -86,7 +86,7 @@ def run_call(call: Any, inputs: Any, options: dict[str, Any]) -> None:
 
 def run_peer(case_id: str, name: str) -> None:
     """Forward alone and with its backward, of one of our own peers on one case of the tables."""
-    from padfree_bench.cases import parse_case
+    from padfree_bench.cases import DTYPES, parse_case
     from padfree_bench.inputs import Inputs
     from padfree_bench.peers import PEERS, padfree_peers
 
@@ -94,10 +94,10 @@ def run_peer(case_id: str, name: str) -> None:
     case = parse_case(case_id)
     lengths = torch.as_tensor(case.sequence_lengths())
     padding = torch.arange(case.seq) >= lengths[:, None]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
+    dtype = DTYPES[case.dtype]
     shape = (case.batch, case.seq, case.heads, case.head_dim)
-    tensors = (torch.empty(shape, dtype=dtype).transpose(1, 2) for _ in range(4))
-    inputs = Inputs(case, *tensors, padding, lengths)
+    query, key, value, d_out = (torch.empty(shape, dtype=dtype).transpose(1, 2) for _ in range(4))
+    inputs = Inputs(case, query, key, value, d_out, padding, lengths)
     for training in (False, True):
         prepared = PEERS[name].prepare(inputs, training)
         out = prepared.forward()
