@@ -280,6 +280,20 @@ class TestReadme:
         result.rows[0] = a_row("padfree-skip", 0.42, result.rows[0].case)
         assert "0.50x" in readme.table(results)
 
+    def test_a_case_measured_again_later_on_the_same_card_stands_once(self) -> None:
+        ((_, first),) = results = self.results()
+        first.environment["started"] = "2026-11-26T10:00:00+00:00"
+        case = first.rows[0].case
+        later = Result(
+            "attention-table",
+            environment("GPU", "cuda"),
+            [a_row("padfree-skip", 0.06, case), a_row("sdpa", 0.2, case)],
+        )
+        later.environment["started"] = "2026-11-26T10:05:00+00:00"
+        text = readme.table([*results, ("gpu", later)])
+        assert "**padfree-skip 0.06 ms**" in text and "0.07 ms" not in text
+        assert "0.07 ms" in readme.table([*results, ("another card", later)])
+
     def test_without_a_gpu_file_it_says_not_measured_yet(self) -> None:
         assert "On a GPU: not measured yet" in readme.table([])
 

@@ -1,5 +1,6 @@
 """README's headline table: written from the result files, never by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from padfree_bench.results import OK, SECOND_WAVE, Result, Row
@@ -35,10 +36,27 @@ def table(results: list[tuple[str, Result]]) -> str:
             "On a GPU: not measured yet. The kernel's own rows will stand here once one was at hand.",
             "",
         ]
+    full = [(folder, without_later_ones(folder, result, full)) for folder, result in full]
     rows = [line for _, result in full for line in _lines(result)]
     if rows:
         lines += [HEAD, *rows, "", _sources(full)]
     return "\n".join(lines).rstrip()
+
+
+def without_later_ones(folder: str, result: Result, everything: list[tuple[str, Result]]) -> Result:
+    """The result less the cases that the same device measured again later, as the round's tables do its first figures."""
+    later = {
+        (row.case, row.direction)
+        for other_folder, other in everything
+        if other_folder == folder and _suite(other) == _suite(result) and started(other) > started(result)
+        for row in other.rows
+        if row.timed
+    }
+    return replace(result, rows=[row for row in result.rows if (row.case, row.direction) not in later])
+
+
+def started(result: Result) -> str:
+    return str(result.environment.get("started", ""))
 
 
 def _suite(result: Result) -> str:

@@ -1,6 +1,7 @@
 """One run of one suite: its deadline, its progress, and a result file that is whole after every case."""
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -16,6 +17,8 @@ from padfree_bench.ceilings import Ceilings, measure_ceilings
 from padfree_bench.results import NOT_RUN, DeviceLost, Result, Row, cell, fault_line, grouped, save, to_json
 from padfree_bench.timing import Effort, own_stream
 
+# A tune.json whose accepted rows come before the table's own, in this process.
+TUNED_ROWS = "PADFREE_TUNED_ROWS"
 MAIN_COLUMNS = (
     "peer",
     "time",
@@ -79,6 +82,10 @@ class Session:
         self.result = Result(name, machine.environment(self.device, command), quick=options.quick)
         self.seed: int = random.randrange(2**31) if options.seed is None else options.seed
         self.result.environment["seed"] = self.seed
+        if tuned := os.environ.get(TUNED_ROWS):
+            from padfree_bench.tune import apply_rows
+
+            self.result.environment["tuned_rows"] = apply_rows(Path(tuned)) if Path(tuned).is_file() else []
         if (load := self.result.environment["load_before"]) > machine.usable_cores():
             print(f"this machine is busy (load {load}): its figures say little", file=sys.stderr)
         slug = machine.device_slug(self.device)

@@ -136,7 +136,9 @@ def packed_attention(
     """`attention` of a right-padded batch through `attention_varlen`: packed, computed, unpacked."""
     keep, ends, longest = ~padding, lengths_of(padding), query.shape[2]
     q, k, v = (tensor.transpose(1, 2)[keep] for tensor in (query, key, value))
-    packed_out, packed_lse = attention_varlen(q, k, v, ends, ends, longest, longest, return_lse=True, **options)
+    packed_out, packed_lse = attention_varlen(
+        q, k, v, ends, ends, longest, longest, return_lse=True, **options
+    )
     out = query.new_zeros(query.transpose(1, 2).shape).index_put((keep,), packed_out)
     lse = packed_lse.new_full(query.shape[:3], float("-inf")).transpose(1, 2).index_put((keep,), packed_lse.T)
     return out.transpose(1, 2), lse.transpose(1, 2)
