@@ -136,8 +136,8 @@ from pathlib import Path
 from padfree_bench.gpu_round import carry, warm
 if len(sys.argv) > 2:
     carry.unpack(Path(sys.argv[1]), Path(sys.argv[2]))
-found = warm.compile_item(("case", sys.argv[-1]))
-print([hit for _, _, hit in found])
+hits, _ = warm.compile_item(("case", sys.argv[-1]))
+print(hits)
 """
 
 

@@ -129,7 +129,7 @@ def why_not_compile() -> str | None:
 
 
 @contextmanager
-def compile_only(arch: Arch, wanted: tuple[str, ...] = ()) -> Iterator[list[Compiled]]:
+def compile_only(arch: Arch, wanted: tuple[str, ...] | None = None) -> Iterator[list[Compiled]]:
     """Collect what launches inside the block, of the `wanted` kernels if named, would run on this architecture."""
     if reason := why_not_compile():
         raise RuntimeError(reason)
@@ -138,7 +138,7 @@ def compile_only(arch: Arch, wanted: tuple[str, ...] = ()) -> Iterator[list[Comp
     run, architecture, previous = JITFunction.run, _configs.architecture, driver._active
 
     def warm_up(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        if wanted and self.fn.__name__ not in wanted:
+        if wanted is not None and self.fn.__name__ not in wanted:
             return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         constants = {
