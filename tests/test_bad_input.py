@@ -251,7 +251,11 @@ def test_the_fault_tables_hold_at_least_forty_cases() -> None:
 def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_bytes = Path.write_bytes
+
     def no_space(self: Path, content: bytes) -> int:
+        if self.is_relative_to(tmp_path / "cache"):
+            return write_bytes(self, content)
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     dataset = write_reviews(tmp_path / "reviews")
