@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -66,7 +67,8 @@ def test_the_screened_candidates_belong_to_todays_table() -> None:
         ]
         assert question.row.config in configs, f"{question}: run python -m bench tune --screen"
         assert 2 < len(set(configs)) == len(configs) <= tune_candidates.MOST
-    assert len(tune.warm_calls()) == len(rows)
+    calls = tune.warm_calls()
+    assert len(calls) == len(rows) and pickle.loads(pickle.dumps(calls)) == calls
 
 
 def test_a_shortlist_holds_the_current_row_and_the_best_of_every_tile() -> None:
