@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait by spinning train 4 times slower on a machine that does anything else (NOTES.md).
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint types soak aot faults bench gpu-check gpu-tune gpu-bench clean
+.PHONY: help demo test lint types soak aot faults bench gpu-round clean
 .DELETE_ON_ERROR:
 
 help:
@@ -72,16 +72,9 @@ bench: $(VENV)/.test ## every benchmark this machine can run, in its quick form
 	$(BIN)/python -m bench train --quick
 	$(BIN)/python -m bench report
 
-gpu-check: ## on a GPU: the suite compiled, sanitizers, repeats, graphs; JSON verdict (DEVICE_PYTHON=python3)
-	$(DEVICE_PYTHON) -m bench gpu-check
-
-gpu-tune: ## on a GPU: propose rows for the configuration table
-	$(DEVICE_PYTHON) -m bench tune
-
-gpu-bench: ## on a GPU: the full round, in three parts of under nine minutes
-	$(DEVICE_PYTHON) -m bench plan --part 1
-	$(DEVICE_PYTHON) -m bench plan --part 2
-	$(DEVICE_PYTHON) -m bench plan --part 3
+gpu-round: ## on a GPU: both parts of bench/README.md's round, a quarter of an hour (DEVICE_PYTHON=python3)
+	$(DEVICE_PYTHON) -m bench gpu-round --part smoke
+	$(DEVICE_PYTHON) -m bench gpu-round --part main
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

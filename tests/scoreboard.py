@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 LINK = re.compile(r"\b[\w.-]+#\d+")
 NO_GPU = "not measured: no GPU"
-GPU_VERDICT = "gpu-check.json"
+GPU_ROUND = "round-*.json"
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,18 @@ def replays() -> tuple[int, int, int]:
     return len(named), gpu, len(links)
 
 
-def gpu_figure(steps: tuple[str, ...]) -> str:
-    """What the newest verdict of `make gpu-check` on a GPU says of these steps."""
-    verdicts = sorted((ROOT / "bench" / "results").glob(f"**/{GPU_VERDICT}"))
-    read = [json.loads(path.read_text()) for path in verdicts]
-    on_gpu = [verdict for verdict in read if verdict["environment"]["device_type"] == "cuda"]
-    if not on_gpu:
-        return NO_GPU
-    newest = max(on_gpu, key=lambda verdict: verdict["environment"]["started"])
-    status = {step["name"]: step["status"] for step in newest["steps"]}
-    found = ", ".join(f"{name} {status.get(name, 'not run')}" for name in steps)
-    return f"{found} ({newest['environment']['device']})"
+def gpu_figure(*steps: str) -> str:
+    """What the newest `make gpu-round` on a GPU says of these steps."""
+    read = [
+        json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob(f"*/{GPU_ROUND}"))
+    ]
+    on_gpu = [part for part in read if part["environment"]["device_type"] == "cuda"]
+    found = {
+        step["name"]: f"{step['name']} {step['status']} ({part['environment']['device']})"
+        for part in sorted(on_gpu, key=lambda part: part["environment"]["started"])
+        for step in part["steps"]
+    }
+    return ", ".join(found.get(name, f"{name} not run") for name in steps) if on_gpu else NO_GPU
 
 
 def audit_figure() -> str:
@@ -89,7 +90,7 @@ def rows() -> list[Row]:
     sys.path[:0] = [str(TESTS), str(ROOT / "kernels"), str(ROOT / "bench")]
     from _planted_faults import PLANTED
     from bad_calls import BAD_CALLS
-    from padfree_bench.sanitizer_tool import TOOLS
+    from padfree_bench.gpu_round.checks import REPEATS
     from test_giants import ROLES
 
     bugs, on_gpu, links = replays()
@@ -116,14 +117,12 @@ def rows() -> list[Row]:
         Row("R11", "opcheck, gradcheck, compile, second order", "4 of 4 on 12 inputs", compile_files(), f"{compile_tests()} tests"),
         Row("R12", "generated examples", ">= 1,000 a run, 20,000 in a soak run", ("test_properties.py",), examples(len(properties))),
         *(
-            Row(number, what, goal, (), gpu_figure(steps))
+            Row(number, what, goal, (), gpu_figure(*steps))
             for number, steps, what, goal in (
-                ("R20", ("suite",), "suite compiled on a GPU", "3,000 cases x 3 seeds"),
-                ("R21", ("agreement",), "CPU to GPU agreement on exported cases", "300 cases"),
-                ("R22", ("repeats",), "bitwise repeats under load", "1,000 x 12 shapes"),
-                ("R23", TOOLS, "compute-sanitizer: four tools", "0 errors"),
-                ("R24", ("giant",), "giant shapes by identities", "5 identities"),
-                ("R25", ("graph", "memory"), "graph replay, side streams, memory growth", "bitwise, 0 bytes"),
+                ("R20", ("agreement",), "compiled kernels against fp64 on the GPU", "every row, feature and padding"),
+                ("R21", ("repeats",), "bitwise repeats under load", f"{REPEATS:,} x 4, forward and backward"),
+                ("R22", ("memcheck", "racecheck"), "compute-sanitizer", "every kernel, 0 errors"),
+                ("R23", ("graph",), "graph replay on new inputs beside allocations", "bitwise"),
             )
         ),
     ]  # fmt: skip
@@ -175,7 +174,7 @@ def render() -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows():
-        files = ", ".join(f"[{name}](../tests/{name})" for name in row.files) or "`make gpu-check`"
+        files = ", ".join(f"[{name}](../tests/{name})" for name in row.files) or "`make gpu-round`"
         lines.append(f"| {row.number} | {row.what} | {row.goal} | {files} | {row.figure} |")
     return "\n".join(lines) + "\n"
 

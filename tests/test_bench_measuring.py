@@ -4,6 +4,7 @@ import functools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,22 +12,27 @@ import torch
 
 import padfree
 from padfree_bench import attention, cli
-from padfree_bench.attention import admit, run_case, work
+from padfree_bench.attention import run_case
 from padfree_bench.cases import HEADS, Case, choose_cases, cpu_groups, gpu_groups, parse_case
-from padfree_bench.ceilings import Ceilings
+from padfree_bench.ceilings import Ceilings, Work, work
 from padfree_bench.check import compute_truth
+from padfree_bench.contenders import admit
 from padfree_bench.inputs import make_inputs
 from padfree_bench.lengths import imdb_histogram, imdb_lengths, make_lengths
 from padfree_bench.peers import PEERS, Peer, choose_peers
 from padfree_bench.peers.base import Prepared, Refused, padded
 from padfree_bench.profiling import peak_bytes
-from padfree_bench.results import NOT_RUN, OK, UPPER_BOUND, load
+from padfree_bench.results import FAULT, NOT_RUN, OK, UPPER_BOUND, Row, load
 from padfree_bench.timing import Effort, Sample, measure
 
 CPU = torch.device("cpu")
 SMALL = Case(3, 2, 8, 40, "fp32", "pad50")
 FAST = Effort(seconds=0.02, least=5, most=5, warmup=1)
 CEILINGS = Ceilings(1e10, {"fp32": 1e11}, 1e9)
+
+
+def rows_of(*arguments: Any, **options: Any) -> list[Row]:
+    return [row for part in run_case(*arguments, **options) for row in part]
 
 
 class TestLengths:
@@ -160,7 +166,7 @@ class TestPeers:
 
     def test_a_peer_that_sees_one_padded_key_is_refused_before_the_clock(self) -> None:
         peers = [Peer("wrong", wrong_peer, ""), PEERS["sdpa"]]
-        rows = {row.peer: row for row in run_case(SMALL, peers, ["forward"], CPU, FAST, CEILINGS)}
+        rows = {row.peer: row for row in rows_of(SMALL, peers, ["forward"], CPU, FAST, CEILINGS)}
         assert rows["wrong"].status == NOT_RUN and rows["wrong"].ms_p50 is None
         assert rows["wrong"].reason.startswith("wrong answer, not timed: relative error out")
         assert rows["sdpa"].ms_p50 is not None
@@ -215,7 +221,7 @@ class TestPeers:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         peers = [peer for peer in PEERS.values() if peer.name.startswith("padfree")]
         assert len(peers) == 6
-        for row in run_case(SMALL, peers, ["forward", "both"], CPU, FAST, CEILINGS):
+        for row in rows_of(SMALL, peers, ["forward", "both"], CPU, FAST, CEILINGS):
             assert row.status == NOT_RUN and "no GPU" in row.reason
             assert row.ms_p50 is None and row.tflops is None and row.peak_mib is None
 
@@ -227,7 +233,7 @@ class TestPeers:
         def prepare(inputs, training: bool) -> Prepared:  # type: ignore[no-untyped-def]
             raise Refused("needs a newer GPU")
 
-        (row,) = run_case(SMALL, [Peer("p", prepare, "")], ["forward"], CPU, FAST, CEILINGS)
+        (row,) = rows_of(SMALL, [Peer("p", prepare, "")], ["forward"], CPU, FAST, CEILINGS)
         assert (row.status, row.reason) == (NOT_RUN, "needs a newer GPU")
 
 
@@ -258,27 +264,76 @@ class TestMeasures:
     def test_useful_work_counts_real_tokens_only(self) -> None:
         inputs = make_inputs(replace(SMALL, lengths="full"), CPU)
         pairs, rows = 3 * 2 * 40 * 40, 3 * 2 * 40
-        assert work(inputs, "forward") == (4 * pairs * 8, 4 * rows * 8 * 4 + 4 * rows, pairs)
-        assert work(inputs, "both")[0] == 3.5 * work(inputs, "forward")[0]
-        assert work(make_inputs(SMALL, CPU), "forward")[0] < 0.5 * work(inputs, "forward")[0]
+        forward, both = work(inputs, "forward"), work(inputs, "both")
+        assert (forward.flops, forward.moved, forward.exp2) == (4 * pairs * 8, 4 * rows * 8 * 4, pairs)
+        assert (both.flops, both.moved) == (3.5 * forward.flops, 12 * rows * 8 * 4 + 2 * 4 * rows)
+        assert work(make_inputs(SMALL, CPU), "forward").flops < 0.5 * forward.flops
 
     def test_the_floor_is_the_slowest_unit(self) -> None:
-        assert CEILINGS.floor(flops=1e11, moved_bytes=1e9, exp2=1e8, dtype="fp32") == (1e3, "matrix")
-        assert CEILINGS.floor(flops=1e9, moved_bytes=1e10, exp2=1e8, dtype="fp32") == (1e3, "bytes")
-        assert CEILINGS.floor(flops=1e9, moved_bytes=1e9, exp2=1e9, dtype="fp32") == (1e3, "exp2")
+        assert CEILINGS.floor(Work(1e11, 1e8, 1e9, 0, 0), "fp32") == (1e3, "matrix")
+        assert CEILINGS.floor(Work(1e9, 1e8, 1e10, 0, 0), "fp32") == (1e3, "bytes")
+        assert CEILINGS.floor(Work(1e9, 1e9, 1e9, 0, 0), "fp32") == (1e3, "exp2")
 
-    def test_a_figure_below_its_floor_is_called_out(self) -> None:
-        slow = Ceilings(1.0, {"fp32": 1.0}, 1.0)
-        (row,) = run_case(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, slow)
-        assert row.reason == "faster than its floor: not to be trusted"
+    def test_the_floor_counts_no_byte_that_a_cache_may_keep(self) -> None:
+        """Read again or still unwritten at the end, up to the cache's size each; never what is read first."""
+        ceilings = replace(CEILINGS, l2_bytes=100)
+        assert ceilings.memory_bytes(Work(0, 0, first=1000, again=0, written=0)) == 1000
+        assert ceilings.memory_bytes(Work(0, 0, first=1000, again=80, written=60)) == 1000
+        assert ceilings.memory_bytes(Work(0, 0, first=1000, again=180, written=160)) == 1000 + 80 + 60
+
+    def test_a_gpu_reads_its_inputs_cold_and_a_cpu_may_have_them_from_the_last_repetition(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        inputs, kinds = make_inputs(SMALL, CPU), ("forward", "backward", "both")
+        assert [work(inputs, kind).first for kind in kinds] == [0, 0, 0]
+        warm = [work(inputs, kind) for kind in kinds]
+        monkeypatch.setattr(type(inputs), "device", torch.device("cuda"))
+        cold = [work(inputs, kind) for kind in kinds]
+        assert [x.moved for x in cold] == [x.moved for x in warm]
+        tensor, lse = inputs.tokens * 2 * 8 * 4, inputs.tokens * 2 * 4
+        assert [(x.first, x.again) for x in cold] == [
+            (3 * tensor, 0),
+            (5 * tensor + lse, 0),
+            (4 * tensor, 4 * tensor + lse),
+        ]
+
+    def test_a_figure_below_its_floor_is_a_fault_whatever_else_its_row_says(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(attention, "measure_ceilings", lambda *_: Ceilings(1.0, {"fp32": 1.0}, 1.0))
+        slow, inputs = Ceilings(1.0, {"fp32": 1.0}, 1.0), make_inputs(SMALL, CPU)
+        peers = [PEERS["sdpa"], PEERS["sdpa-flash-nomask"]]
+        rows = {row.peer: row for row in rows_of(SMALL, peers, ["forward"], CPU, FAST, slow)}
+        assert rows["sdpa"].status == FAULT and "faster than its floor of " in rows["sdpa"].reason
+        # It computes something else, for which this is no floor.
+        assert rows["sdpa-flash-nomask"].status == UPPER_BOUND
+        row = replace(rows["sdpa"], status=OK, reason="launches not counted", ms_p50=1e9, graph_ms=1.0)
+        attention.fill_speed(row, inputs, "forward", slow)
+        assert row.status == FAULT
+        assert row.reason.startswith("launches not counted; as a graph faster than its floor of ")
+
+    def test_ceilings_are_measured_anew_before_a_figure_is_called_a_fault(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[set[str]] = []
+
+        def measured(device: torch.device, dtypes: set[str]) -> Ceilings:
+            asked.append(dtypes)
+            return Ceilings(1.0, {"fp32": 1e15}, 1e15)
+
+        monkeypatch.setattr(attention, "measure_ceilings", measured)
+        disturbed = Ceilings(1e15, {"fp32": 1.0}, 1.0)
+        (row,) = rows_of(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, disturbed)
+        assert (row.status, row.reason, asked) == (OK, "", [{"fp32"}])
+        assert disturbed == Ceilings(1e15, {"fp32": 1e15}, 1e15)
 
     def test_a_call_that_was_issued_too_slowly_for_its_events_is_marked(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for host_us in (400.0, 600.0):
             sample = Sample(1e3, 1e3, 1e3, 5, host_us)
-            monkeypatch.setattr(attention, "measure", lambda *_, kept=sample: {"sdpa": kept})
-            (row,) = run_case(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, CEILINGS)
+            monkeypatch.setattr(attention, "measure", lambda *_, kept=sample, **__: {"sdpa": kept})
+            (row,) = rows_of(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, CEILINGS)
             assert (row.reason == attention.HOST_BOUND) == (host_us > 500)
 
     def test_peak_memory_counts_what_is_held_at_once(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from padfree_bench import attention, cli, plots, readme, report
 from padfree_bench.cases import Case
 from padfree_bench.compare import changes, main
+from padfree_bench.contenders import admit
 from padfree_bench.inputs import make_inputs
 from padfree_bench.peers import Peer
 from padfree_bench.results import NOT_RUN, OK, Result, Row, from_json, load, markdown, save, to_json
@@ -211,13 +212,11 @@ class TestResults:
         def fail() -> None:
             raise torch.AcceleratorError("illegal memory access")
 
-        def run_case(case: Case, *rest: object) -> list[Row]:
+        def run_case(case: Case, *rest: object, **options: object) -> list[Row]:
             if case.seq == 24 and found_by == "clock":
                 fail()
             if case.seq == 24:
-                attention.admit(
-                    Peer("bad", lambda inputs, training: fail(), ""), make_inputs(case, CPU), None, False
-                )  # type: ignore[arg-type, return-value]
+                admit(Peer("bad", lambda inputs, training: fail(), ""), make_inputs(case, CPU), None, False)  # type: ignore[arg-type, return-value]
             return [a_row("sdpa", 1.0, case.id)]
 
         monkeypatch.setattr(torch.cuda, "synchronize", fail)
@@ -280,6 +279,20 @@ class TestReadme:
         ((_, result),) = results = self.results()
         result.rows[0] = a_row("padfree-skip", 0.42, result.rows[0].case)
         assert "0.50x" in readme.table(results)
+
+    def test_a_case_measured_again_later_on_the_same_card_stands_once(self) -> None:
+        ((_, first),) = results = self.results()
+        first.environment["started"] = "2026-11-26T10:00:00+00:00"
+        case = first.rows[0].case
+        later = Result(
+            "attention-table",
+            environment("GPU", "cuda"),
+            [a_row("padfree-skip", 0.06, case), a_row("sdpa", 0.2, case)],
+        )
+        later.environment["started"] = "2026-11-26T10:05:00+00:00"
+        text = readme.table([*results, ("gpu", later)])
+        assert "**padfree-skip 0.06 ms**" in text and "0.07 ms" not in text
+        assert "0.07 ms" in readme.table([*results, ("another card", later)])
 
     def test_without_a_gpu_file_it_says_not_measured_yet(self) -> None:
         assert "On a GPU: not measured yet" in readme.table([])

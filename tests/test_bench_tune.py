@@ -292,7 +292,7 @@ def test_a_run_on_a_gpu_saves_every_answer_as_it_comes(
     tune.write_lines(path, {"rows": rows})
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--cases", SMALL, "--candidates", str(path), "--output", str(tmp_path), "--minutes", "5"])
-    content = json.loads((tmp_path / "nvidia-h100" / "tune.json").read_text())
+    content = json.loads((tmp_path / "h100" / "tune.json").read_text())
     assert [a["pass"] for a in content["answers"]] == ["forward", "query_gradient"]
     assert content["basis"].startswith("measured") and content["not_reached"] == [f"key_gradient {SMALL}"]
     timed = [("p50_us" in row, row.get("refused")) for row in content["rows"]]

@@ -129,8 +129,8 @@ def why_not_compile() -> str | None:
 
 
 @contextmanager
-def compile_only(arch: Arch, wanted: tuple[str, ...]) -> Iterator[list[Compiled]]:
-    """Collect what launches of the `wanted` kernels inside the block would run on this architecture."""
+def compile_only(arch: Arch, wanted: tuple[str, ...] | None = None) -> Iterator[list[Compiled]]:
+    """Collect what launches inside the block, of the `wanted` kernels if named, would run on this architecture."""
     if reason := why_not_compile():
         raise RuntimeError(reason)
     target = GPUTarget(backend_of(arch), arch, WARP_SIZE[backend_of(arch)])
@@ -138,7 +138,7 @@ def compile_only(arch: Arch, wanted: tuple[str, ...]) -> Iterator[list[Compiled]
     run, architecture, previous = JITFunction.run, _configs.architecture, driver._active
 
     def warm_up(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        if self.fn.__name__ not in wanted:
+        if wanted is not None and self.fn.__name__ not in wanted:
             return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         constants = {

@@ -2,163 +2,51 @@
 
 import argparse
 import functools
-import gc
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from padfree_bench import profiling
 from padfree_bench.cases import DIRECTIONS, Case, choose_cases
-from padfree_bench.ceilings import Ceilings
-from padfree_bench.check import Truth, Verdict, check, compute_truth
+from padfree_bench.ceilings import Ceilings, measure_ceilings, work
+from padfree_bench.check import compute_truth
+from padfree_bench.clocks import Watch
+from padfree_bench.contenders import MAKE_CALL, Contender, admit, fill_profile, release, start_row
 from padfree_bench.inputs import Inputs, make_inputs
 from padfree_bench.peers import Peer, Prepared, Refused, choose_peers
-from padfree_bench.results import NOT_RUN, OK, UPPER_BOUND, Result, Row
+from padfree_bench.results import FAULT, NOT_RUN, OK, SECOND_WAVE, Result, Row
 from padfree_bench.session import Session, first_line
-from padfree_bench.timing import WAIT_US, Call, Effort, capture_graph, measure
+from padfree_bench.timing import WAIT_US, Call, Effort, Sample, capture_graph, measure
 
-# A backward does 2.5 times the products of a forward: five instead of two.
-FLOP_FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 HOST_BOUND = "issued slower than the GPU was kept waiting: the time holds host time, trust graph_ms"
 AGAIN = " (again)"
-
-
-@dataclass
-class Contender:
-    """A peer that passed its check in one mode, or the reason it did not."""
-
-    peer: Peer
-    prepared: Prepared | None = None
-    verdict: Verdict | None = None
-    reason: str = ""
-
-    @property
-    def status(self) -> str:
-        if self.prepared is None:
-            return NOT_RUN
-        return UPPER_BOUND if self.verdict is not None and self.verdict.wrong else OK
-
-
-def admit(peer: Peer, inputs: Inputs, truth: Truth, training: bool) -> Contender:
-    """Prepare a peer and check its answer; whoever is wrong, refuses or fails gets a reason instead of a clock."""
-    try:
-        prepared = peer.prepare(inputs, training)
-        verdict = check(prepared, inputs, truth, training)
-    except Refused as refusal:
-        return Contender(peer, reason=str(refusal))
-    except Exception as error:  # noqa: BLE001 - a peer may fail in its own way; the suite goes on and the row says how
-        reason = first_line(error)
-        release(inputs.device)
-        return Contender(peer, reason=reason)
-    if not verdict.wrong:
-        return Contender(peer, prepared, verdict)
-    if peer.upper_bound:
-        return Contender(peer, prepared, verdict, f"{peer.note} (error {verdict.relative['out']:.1e})")
-    return Contender(peer, verdict=verdict, reason=verdict.reason())
-
-
-def release(device: torch.device) -> None:
-    """Give a GPU's memory back between peers; a CPU's comes back by itself, and collecting costs 0.2 s."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def forward_call(prepared: Prepared) -> Call:
-    return prepared.forward
-
-
-def backward_call(prepared: Prepared) -> Call:
-    out = prepared.forward()
-    return lambda: torch.autograd.grad(out, prepared.leaves, prepared.d_out, retain_graph=True)
-
-
-def both_call(prepared: Prepared) -> Call:
-    return lambda: torch.autograd.grad(prepared.forward(), prepared.leaves, prepared.d_out)
-
-
-MAKE_CALL: dict[str, Callable[[Prepared], Call]] = {
-    "forward": forward_call,
-    "backward": backward_call,
-    "both": both_call,
-}
-
-
-def work(inputs: Inputs, direction: str) -> tuple[float, float, float]:
-    """(FLOP, bytes, exp2) that the real tokens need: each input read once, each result written once."""
-    case, itemsize = inputs.case, inputs.query.element_size()
-    pairs, rows = inputs.pairs * case.heads, inputs.tokens * case.heads
-    tensor = rows * case.head_dim * itemsize
-    moved = {"forward": 4 * tensor + 4 * rows, "backward": 8 * tensor + 4 * rows}
-    moved["both"] = moved["forward"] + moved["backward"]
-    return (
-        4 * pairs * case.head_dim * FLOP_FACTOR[direction],
-        moved[direction],
-        pairs * (1 + (direction == "both")),
-    )
-
-
-def result_bytes(prepared: Prepared, direction: str) -> int:
-    """Bytes of what the caller asked for: the output, and the gradients where the case trains."""
-
-    def size(tensor: Tensor) -> int:
-        return (tensor.values() if tensor.is_nested else tensor).nbytes
-
-    return size(prepared.d_out) + (sum(size(leaf) for leaf in prepared.leaves) if direction == "both" else 0)
-
-
-def start_row(suite: str, case: Case, inputs: Inputs, direction: str, contender: Contender) -> Row:
-    row = Row(
-        suite=suite,
-        case=case.id,
-        group=case.group,
-        direction=direction,
-        peer=contender.peer.name,
-        status=contender.status,
-        reason=contender.reason,
-        note=contender.peer.note,
-        dtype=case.dtype,
-        batch=case.batch,
-        heads=case.heads,
-        head_dim=case.head_dim,
-        seq=case.seq,
-        lengths=case.lengths,
-        valid_fraction=inputs.tokens / (case.batch * case.seq),
-    )
-    if contender.prepared is not None:
-        row.ran = contender.prepared.ran
-    if contender.verdict is not None and not math.isnan(contender.verdict.max_error):
-        row.max_error = contender.verdict.max_error
-        row.relative_error = max(contender.verdict.relative.values())
-    return row
+# Timed once more beside the peers that compile for every shape: what the others are compared with.
+ANCHORS = ("padfree-skip", "padfree", "sdpa")
 
 
 def fill_speed(row: Row, inputs: Inputs, direction: str, ceilings: Ceilings) -> None:
-    """Rates and the fraction of the roofline from a measured median."""
+    """Rates and the fraction of the roofline from a measured median; a row that is faster than can be is a fault."""
     assert row.ms_p50 is not None
-    seconds = row.ms_p50 / 1e3
-    flops, moved, exp2 = work(inputs, direction)
-    row.tflops = flops / seconds / 1e12
-    row.gb_per_s = moved / seconds / 1e9
+    seconds, needed = row.ms_p50 / 1e3, work(inputs, direction)
+    row.tflops = needed.flops / seconds / 1e12
+    row.gb_per_s = needed.moved / seconds / 1e9
     row.tokens_per_s = inputs.tokens / seconds
     row.reviews_per_s = inputs.case.batch / seconds
-    floor_ms, row.bound = ceilings.floor(flops, moved, exp2, inputs.case.dtype)
+    floor_ms, row.bound = ceilings.floor(needed, inputs.case.dtype)
     row.fraction = floor_ms / row.ms_p50
-    if row.fraction > 1 and row.status == OK:
-        row.reason = "faster than its floor: not to be trusted"
+    if beaten := beaten_floor(row, inputs, direction, ceilings):
+        row.status = FAULT
+        row.remark(beaten)
 
 
-def fill_profile(row: Row, prepared: Prepared, call: Call, direction: str, device: torch.device) -> None:
-    """Peak memory, and on a GPU the launches, host waits and the kernel that really ran."""
-    if direction != "backward":
-        peak = profiling.peak_bytes(call, device)
-        row.peak_mib = peak / profiling.MIB
-        row.extra_mib = max(0, peak - result_bytes(prepared, direction)) / profiling.MIB
-    if device.type == "cuda":
-        profiling.fill_launches(row, call)
+def beaten_floor(row: Row, inputs: Inputs, direction: str, ceilings: Ceilings) -> str:
+    """Which of the row's medians is below its floor, or "". An upper bound computes something else: it has no floor."""
+    floor_ms, bound = ceilings.floor(work(inputs, direction), inputs.case.dtype)
+    for name, taken in (("", row.ms_p50), ("as a graph ", row.graph_ms)):
+        if row.status == OK and taken is not None and taken < floor_ms:
+            return f"{name}faster than its floor of {floor_ms:.4g} ms ({bound})"
+    return ""
 
 
 def add_graph(calls: dict[str, Call], row: Row, make_call: Callable[[], Call]) -> None:
@@ -172,6 +60,30 @@ def add_graph(calls: dict[str, Call], row: Row, make_call: Callable[[], Call]) -
         row.graph_reason = f"no CUDA graph: {first_line(error)}"
 
 
+def drop_failing(calls: dict[str, Call], rows: list[Row]) -> None:
+    """Each call once more, now that the graphs hold their memory: one that fails costs its own figure alone."""
+    for row in rows:
+        for name in (row.peer, f"{row.peer} graph"):
+            try:
+                calls.get(name, lambda: None)()
+                torch.cuda.synchronize()
+            except Exception as error:  # noqa: BLE001 - the row says how it failed
+                del calls[name]
+                if name == row.peer:
+                    row.status, row.reason = NOT_RUN, first_line(error)
+                else:
+                    row.graph_reason = f"no CUDA graph: {first_line(error)}"
+
+
+def fill_times(row: Row, samples: dict[str, Sample]) -> None:
+    """Quantiles of the row's call, and of its graph where it has one."""
+    sample = samples[row.peer]
+    row.ms_p20, row.ms_p50, row.ms_p80 = sample.p20, sample.p50, sample.p80
+    row.repetitions, row.host_us = sample.repetitions, sample.host_us
+    if (graph := samples.get(f"{row.peer} graph")) is not None:
+        row.graph_p20, row.graph_ms, row.graph_p80 = graph.p20, graph.p50, graph.p80
+
+
 def run_direction(
     suite: str,
     direction: str,
@@ -179,9 +91,11 @@ def run_direction(
     inputs: Inputs,
     effort: Effort,
     ceilings: Ceilings,
+    clocks: list[dict[str, Any]],
 ) -> list[Row]:
-    """Rows of one case in one direction, all contenders timed in turn."""
-    device, calls, rows = inputs.device, {}, []
+    """Rows of one case in one direction, all contenders timed in turn; the clocks go into `clocks`."""
+    device, rows = inputs.device, []
+    calls: dict[str, Call] = {}
     for contender in contenders:
         row = start_row(suite, inputs.case, inputs, direction, contender)
         rows.append(row)
@@ -194,20 +108,28 @@ def run_direction(
             calls[row.peer] = call
         except Exception as error:  # noqa: BLE001 - the row says how it failed
             row.status, row.reason = NOT_RUN, first_line(error)
-            continue
-        if device.type == "cuda":
-            add_graph(calls, row, functools.partial(MAKE_CALL[direction], contender.prepared))
-    samples = measure(calls, device, effort)
-    for row in rows:
-        if (sample := samples.get(row.peer)) is None:
-            continue
-        row.ms_p20, row.ms_p50, row.ms_p80 = sample.p20, sample.p50, sample.p80
-        row.repetitions, row.host_us = sample.repetitions, sample.host_us
-        if (graph := samples.get(f"{row.peer} graph")) is not None:
-            row.graph_ms = graph.p50
+    if device.type == "cuda":
+        # After all profiles: a profiler that starts or ends between a capture and its replay has broken graphs before.
+        for row, contender in zip(rows, contenders, strict=True):
+            if row.peer in calls and contender.prepared is not None:
+                add_graph(calls, row, functools.partial(MAKE_CALL[direction], contender.prepared))
+        drop_failing(calls, rows)
+    watch = Watch({"case": inputs.case.id, "direction": direction})
+    samples = measure(calls, device, effort, watch=watch)
+    if watch.readings:
+        clocks.append(watch.entry)
+    timed = [row for row in rows if row.peer in samples]
+    for row in timed:
+        fill_times(row, samples)
+    if any(beaten_floor(row, inputs, direction, ceilings) for row in timed):
+        # Before a figure is called a fault, the ceilings are: they may have been read in a bad moment.
+        ceilings.raise_to(measure_ceilings(device, set(ceilings.flops_per_s)))
+    for row in timed:
         fill_speed(row, inputs, direction, ceilings)
-        if sample.host_us is not None and sample.host_us > WAIT_US:
-            row.reason = "; ".join(filter(None, [row.reason, HOST_BOUND]))
+        if row.host_us is not None and row.host_us > WAIT_US:
+            row.remark(HOST_BOUND)
+        if watch.remark:
+            row.remark(watch.remark)
     calls.clear()
     release(device)
     return rows
@@ -221,18 +143,36 @@ def run_case(
     effort: Effort,
     ceilings: Ceilings,
     suite: str = "attention",
-) -> list[Row]:
-    """Check every peer on the case's inputs against fp64, then time those that passed."""
-    inputs = make_inputs(case, device)
+    seed: int = 0,
+    anchors: Sequence[Peer] = (),
+    clocks: list[dict[str, Any]] | None = None,
+) -> Iterator[list[Row]]:
+    """Check every peer on the case's inputs against fp64, then time those that passed; the rows direction by direction.
+
+    `anchors` are timed beside them once more, under names of their own, where any of the peers can be timed.
+    """
+    inputs = make_inputs(case, device, seed)
     truth = compute_truth(inputs)
-    rows: list[Row] = []
     for training in (False, True):
         wanted = [d for d in directions if (d != "forward") == training]
-        if wanted:
-            contenders = [admit(peer, inputs, truth, training) for peer in peers]
-            for direction in wanted:
-                rows += run_direction(suite, direction, contenders, inputs, effort, ceilings)
-    return rows
+        contenders = [admit(peer, inputs, truth, training) for peer in peers if wanted]
+        if any(contender.prepared is not None for contender in contenders):
+            contenders = [admit(peer, inputs, truth, training) for peer in anchors] + contenders
+        for direction in wanted:
+            yield run_direction(
+                suite, direction, contenders, inputs, effort, ceilings, [] if clocks is None else clocks
+            )
+
+
+def second_wave(peers: list[Peer]) -> list[Peer]:
+    """The anchors among these peers, under the names that they have beside those that compile for every shape."""
+    anchors = [peer for peer in peers if peer.name in ANCHORS and not peer.slow_to_compile]
+    return [replace(peer, name=peer.name + SECOND_WAVE) for peer in anchors]
+
+
+def in_second_wave(parts: Iterable[list[Row]]) -> Iterator[list[Row]]:
+    for rows in parts:
+        yield [replace(row, wave=2) for row in rows]
 
 
 def _unless_slow(peer: Peer) -> Peer:
@@ -241,7 +181,7 @@ def _unless_slow(peer: Peer) -> Peer:
     def refuse(inputs: Inputs, training: bool) -> Prepared:
         raise Refused("compiles for every shape, minutes on a CPU: name it with --peers to run it")
 
-    return replace(peer, prepare=refuse) if peer.slow_to_compile else peer
+    return replace(peer, prepare=refuse, slow_to_compile=False) if peer.slow_to_compile else peer
 
 
 def peers_for(names: str | None, device: torch.device, twice: bool = False) -> list[Peer]:
@@ -282,12 +222,26 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     peers = peers_for(options.peers, torch.device(device_type), options.twice)
     session = Session("attention", options, command, {case.dtype for case in cases})
 
-    def measure_case(case: Case) -> list[Row]:
-        return run_case(
-            case, peers, directions, session.device, session.effort, session.ceilings, session.result.suite
-        )
+    measure_case = functools.partial(
+        run_case,
+        directions=directions,
+        device=session.device,
+        effort=session.effort,
+        ceilings=session.ceilings,
+        suite=session.result.suite,
+        seed=session.seed,
+        clocks=session.result.clocks,
+    )
+    fast = [peer for peer in peers if not peer.slow_to_compile]
+    slow = [peer for peer in peers if peer.slow_to_compile]
 
-    result = session.run((case.id, lambda case=case: measure_case(case)) for case in cases)  # type: ignore[misc]
+    def measure_slow(case: Case) -> Iterator[list[Row]]:
+        return in_second_wave(measure_case(case, slow, anchors=second_wave(peers)))
+
+    # What is ready is timed first, in every case; compiling a peer for a shape may take a minute.
+    steps = [(case.id, functools.partial(measure_case, case, fast)) for case in cases if fast]
+    steps += [(case.id + SECOND_WAVE, functools.partial(measure_slow, case)) for case in cases if slow]
+    result = session.run(steps)
     if options.twice:
         agree, total = agreement(result)
         print(

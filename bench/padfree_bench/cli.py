@@ -4,16 +4,15 @@ import argparse
 import importlib
 import sys
 
-from padfree_bench.results import RESULTS, DeviceLost
+from padfree_bench.results import RESULTS, DeviceLost, fault_line
 
 # Owned by modules with their own options; imported only when asked for.
 OWN_OPTIONS = {
     "compile-report": "padfree_bench.compile_report",
     "tune": "padfree_bench.tune",
-    "gpu-check": "padfree_bench.gpu_check",
+    "gpu-round": "padfree_bench.gpu_round.driver",
     "report": "padfree_bench.report",
     "compare": "padfree_bench.compare",
-    "plan": "padfree_bench.plan",
 }
 SUITES = {
     "attention": "one attention call: every peer, forward, backward and both",
@@ -25,10 +24,9 @@ SUITES = {
 HELP = {
     "compile-report": "registers, shared memory and predicted time of every kernel configuration, without a GPU",
     "tune": "propose rows for the kernel's configuration table: measured on a GPU, else predicted",
-    "gpu-check": "prove the kernels on a GPU step by step, with a JSON verdict; a rehearsal without one",
+    "gpu-round": "a GPU's quarter of an hour: proof and first figures, then all tables; a rehearsal without one",
     "report": "plots, one HTML page, and README's table from the result files",
     "compare": "what got slower from result file A to B beyond noise",
-    "plan": "the full GPU round in three parts of under nine minutes each",
 }
 
 
@@ -70,6 +68,8 @@ def add_suite_options(suite: argparse.ArgumentParser, name: str) -> None:
         suite.add_argument(
             "--twice", action="store_true", help="time every peer a second time under another name"
         )
+    suite.add_argument("--seed", type=int, help="draw the inputs of an earlier run; a new seed when left out")
+    suite.add_argument("--no-pictures", action="store_true", help="draw none now; `report` draws them later")
     suite.add_argument("--json", action="store_true", help="print the result file instead of the table")
     suite.add_argument(
         "--minutes", type=positive_minutes, help="start no further case after this many minutes"
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     module = importlib.import_module(f"padfree_bench.{options.suite}")
     try:
-        module.run(options, argv)
+        result = module.run(options, argv)
     except (ValueError, OSError) as error:
         print(f"python -m bench {options.suite}: {error}", file=sys.stderr)
         return 2
@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the cases measured so far are saved", file=sys.stderr)
         return 130
-    return 0
+    if result.faults:
+        print(f"python -m bench {options.suite}: {fault_line(result)}; all is saved", file=sys.stderr)
+    return 1 if result.faults else 0
 
 
 def _own_options(name: str, argv: list[str]) -> int:

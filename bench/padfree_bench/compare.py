@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from padfree_bench.results import Result, Row, load
+from padfree_bench.results import SECOND_WAVE, Result, Row, load
 
 # Medians of two runs on one machine differ by a few percent without any change of code.
 THRESHOLD = 0.05
@@ -43,9 +43,11 @@ class Change:
 
 def changes(before: Result, after: Result, threshold: float = THRESHOLD) -> list[Change]:
     """Every case that both files have timed, by (case, direction, peer)."""
-    first = {row.key[1:]: row for row in before.rows if row.timed}
+    first = {row.key[1:]: row for row in before.rows if row.usable}
     return [
-        Change(first[row.key[1:]], row, threshold) for row in after.rows if row.timed and row.key[1:] in first
+        Change(first[row.key[1:]], row, threshold)
+        for row in after.rows
+        if row.usable and row.key[1:] in first
     ]
 
 
@@ -56,7 +58,7 @@ def together(runs: list[Result]) -> Result:
         found.setdefault(row.key[1:], []).append(row)
     rows = []
     for same in found.values():
-        missing = [row for row in same if not row.timed]
+        missing = [row for row in same if not row.usable]
         rows.append(missing[0] if missing else _hull(same))
     return replace(runs[0], rows=rows, not_reached=[name for run in runs for name in run.not_reached])
 
@@ -76,10 +78,10 @@ def lost(before: Result, after: Result) -> tuple[list[str], list[str]]:
     gone, unreached = [], []
     for row in before.rows:
         other = now.get(row.key[1:])
-        if not row.timed or (other is not None and other.timed):
+        if not row.usable or (other is not None and other.usable):
             continue
         name = f"{row.case} {row.direction} {row.peer}"
-        if other is None and row.case in after.not_reached:
+        if other is None and row.case + (SECOND_WAVE if row.wave == 2 else "") in after.not_reached:
             unreached.append(name)
         else:
             gone.append(f"{name}: {other.reason if other else 'not in the file'}")

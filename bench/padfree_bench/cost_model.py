@@ -4,8 +4,10 @@ For one score tile: *issue* = the loop's instructions x warps / 4 a clock; *mufu
 *matrix* = 2 x BLOCK_M x BLOCK_N x D (at least 16) per dot over the matrix units' FLOP a clock (fp32 dots are FMA
 instructions and stand in *issue*), times how often the warps *repeat* one another's work. Tiles spread evenly over the
 multiprocessors and CTAs are assumed to overlap perfectly, so the largest of the three, or the bytes over the memory's
-rate, is a floor. *once* is what programs issue outside of their loops if every instruction there runs once: not in the
-floor, because some do not (a scan's other paths), but a launch is nearer to floor + once. It ranks designs.
+rate, is a floor. *once* is what programs issue outside of their loops (the scan of the mask, addresses, the epilogue) if
+every instruction there runs once: not in the floor, because some do not. *expected* is no floor but a guess at what a
+replayed launch takes: its start and end, the dependent loads of one program that nothing hides at the end of a launch
+(mask, first tile, edge tile, store), and the larger of the memory's time and compute + once.
 """
 
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from padfree_bench.aot import Arch, Compiled
 from padfree_bench.sass import instruction_count, score_loops
 
 EX2_PER_CLOCK = 16
+# Of expected: microseconds from one kernel of a graph to the next, and of a load that misses every cache.
+LAUNCH_US, LATENCY_US, DEPENDENT_LOADS = 2.0, 0.7, 4
 SCHEDULERS = 4
 # Dots of a tile, by kernel.
 DOTS = {
@@ -44,7 +48,8 @@ class Gpu(NamedTuple):
 
 GPUS: dict[Arch, Gpu] = {
     80: Gpu("A100", 108, 1.41, 2048, 1.6e12, 164 * 1024),
-    90: Gpu("H200", 132, 1.8, 4096, 4.3e12, 228 * 1024),
+    # An H200 is the same processor with 4.3e12 bytes a second (copies measured on both).
+    90: Gpu("H100", 132, 1.8, 4096, 3.0e12, 228 * 1024),
     100: Gpu("B200", 148, 1.8, 8192, 7.0e12, 228 * 1024),
 }
 
@@ -53,7 +58,7 @@ GPUS: dict[Arch, Gpu] = {
 class Costs:
     """Cycles of one multiprocessor for one score tile of a kernel, and its instructions outside of the loops.
 
-    `masked` is the loop of a sequence's last tile, `holes` that of a mask with holes (0 where a kernel has none).
+    `masked` is the loop of tiles in which keys may be hidden: where a sequence ends, and all of one with holes.
     `repeats`: exp2 results per score of a tile; 2 where two groups of warps compute the same rows.
     """
 
@@ -62,7 +67,6 @@ class Costs:
     num_warps: int
     loop: int
     masked_loop: int
-    holes_loop: int
     outside: int
     repeats: float
     issue: float
@@ -92,8 +96,8 @@ def costs_of(compiled: Compiled) -> Costs | None:
         return None
     constants, warps = compiled.constants, compiled.num_warps
     block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
-    # By cost: full tiles, the edge where a sequence ends, and what reads the mask's bytes tile by tile.
-    full, masked, holes = loops[0], loops[min(1, len(loops) - 1)], loops[-1] if len(loops) > 2 else None
+    # By cost: full tiles, then the edges.
+    full, masked = loops[0], loops[min(1, len(loops) - 1)]
     repeats = full.ex2 * warps * 32 / (block_m * block_n)
     on_matrix_units = "xbf16>" in compiled.ttir or "xf16>" in compiled.ttir
     flop = 2 * block_m * block_n * constants["BLOCK_D"] * dots if on_matrix_units else 0
@@ -104,7 +108,6 @@ def costs_of(compiled: Compiled) -> Costs | None:
         num_warps=warps,
         loop=full.instructions,
         masked_loop=masked.instructions,
-        holes_loop=holes.instructions if holes else 0,
         outside=instruction_count(compiled.sass) - sum(loop.instructions for loop in loops),
         repeats=repeats,
         issue=full.instructions * warps / SCHEDULERS,
@@ -171,6 +174,10 @@ class Prediction:
     @property
     def floor(self) -> float:
         return max(self.compute, self.memory)
+
+    @property
+    def expected(self) -> float:
+        return LAUNCH_US + DEPENDENT_LOADS * LATENCY_US + max(self.memory, self.compute + self.once)
 
     @property
     def bound(self) -> str:

@@ -1,5 +1,6 @@
 """Which machine and which versions: the header of every result file."""
 
+import json
 import os
 import platform
 import re
@@ -10,6 +11,11 @@ from pathlib import Path
 
 import torch
 
+from padfree_bench.clocks import read_clocks
+
+ROOT = Path(__file__).resolve().parents[2]
+# {"commit": ..., "clean": ...}: written beside a copy of the tree that travels without its history.
+CARRIED_COMMIT = ROOT / ".carry" / "commit"
 PACKAGES = (
     "torch",
     "triton",
@@ -21,7 +27,6 @@ PACKAGES = (
     "nvidia-cudnn-frontend",
     "liger-kernel",
 )
-CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
 
 
 def pick_device() -> torch.device:
@@ -35,8 +40,19 @@ def device_name(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device) -> str:
-    """The folder of this device's results, such as nvidia-h200 or cpu-2-cores."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    """The folder of this device's results, such as h100-80gb-hbm3 or cpu-2-cores."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-").removeprefix("nvidia-")
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory; 0 where nothing tells."""
+    if device.type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [
+        path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
 
 
 def usable_cores() -> int:
@@ -53,14 +69,19 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def clocks() -> dict[str, str] | None:
-    """SM and memory clock, temperature and power as nvidia-smi reads them now; None without it."""
-    answer = _output("nvidia-smi", f"--query-gpu={','.join(CLOCK_FIELDS)}", "--format=csv,noheader")
-    if not answer:
-        return None
-    return dict(
-        zip(CLOCK_FIELDS, (field.strip() for field in answer.splitlines()[0].split(",")), strict=False)
-    )
+def commit() -> tuple[str | None, bool | None]:
+    """(commit, whether the tree is as committed) from PADFREE_COMMIT, git, or the file that came with a copy."""
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    clean = None if changed is None else not changed
+    if told := os.environ.get("PADFREE_COMMIT"):
+        return told, clean
+    if found := _output("git", "rev-parse", "HEAD"):
+        return found, clean
+    try:
+        carried = json.loads(CARRIED_COMMIT.read_text())
+        return str(carried["commit"]), bool(carried["clean"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None, None
 
 
 def _cpu_model() -> str:
@@ -81,7 +102,7 @@ def environment(device: torch.device, command: list[str]) -> dict[str, object]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    known, clean = commit()
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -94,11 +115,10 @@ def environment(device: torch.device, command: list[str]) -> dict[str, object]:
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": versions,
-        # A copy of the tree without its history is told which commit it is.
-        "commit": os.environ.get("PADFREE_COMMIT") or _output("git", "rev-parse", "HEAD"),
-        "commit_is_clean": None if changed is None else not changed,
+        "commit": known,
+        "commit_is_clean": clean,
         "command": " ".join(["python -m bench", *command]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "clocks_before": clocks(),
+        "clocks_before": read_clocks(),
         "fp32_matmul": torch.get_float32_matmul_precision(),
     }

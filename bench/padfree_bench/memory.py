@@ -1,21 +1,16 @@
 """`python -m bench memory`: what one call holds at its peak, against length, without timing anything."""
 
 import argparse
+import functools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from padfree_bench.attention import (
-    MAKE_CALL,
-    admit,
-    choose_directions,
-    fill_profile,
-    peers_for,
-    release,
-    start_row,
-)
+from padfree_bench.attention import choose_directions, peers_for
 from padfree_bench.cases import Case, choose_cases, choose_dtypes, cpu_groups, gpu_groups
 from padfree_bench.check import compute_truth
+from padfree_bench.contenders import MAKE_CALL, admit, fill_profile, release, start_row
 from padfree_bench.inputs import make_inputs
 from padfree_bench.peers import Peer
 from padfree_bench.results import NOT_RUN, OK, Result, Row
@@ -23,12 +18,11 @@ from padfree_bench.session import Session, first_line
 
 
 def run_case(
-    case: Case, peers: list[Peer], directions: list[str], device: torch.device, suite: str
-) -> list[Row]:
+    case: Case, peers: list[Peer], directions: list[str], device: torch.device, suite: str, seed: int
+) -> Iterator[list[Row]]:
     """Peak and extra memory of every peer, one at a time, so that each has the whole memory to itself."""
-    inputs = make_inputs(case, device)
+    inputs = make_inputs(case, device, seed)
     truth = compute_truth(inputs)
-    rows = []
     for peer in peers:
         for direction in directions:
             contender = admit(peer, inputs, truth, training=direction != "forward")
@@ -40,10 +34,9 @@ def run_case(
                     row.status = "measured" if row.status == OK else row.status
                 except Exception as error:  # noqa: BLE001 - the row says how it failed
                     row.status, row.reason = NOT_RUN, first_line(error)
-            rows.append(row)
             del contender
             release(device)
-    return rows
+            yield [row]
 
 
 def run(options: argparse.Namespace, command: list[str]) -> Result:
@@ -59,7 +52,5 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     directions = choose_directions(options.directions or "forward,both")
     peers = peers_for(options.peers, torch.device(device_type))
     session = Session("memory", options, command, {case.dtype for case in cases})
-    return session.run(
-        (case.id, lambda case=case: run_case(case, peers, directions, session.device, session.result.suite))  # type: ignore[misc]
-        for case in cases
-    )
+    held = (peers, directions, session.device, session.result.suite, session.seed)
+    return session.run((case.id, functools.partial(run_case, case, *held)) for case in cases)

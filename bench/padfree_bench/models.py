@@ -2,16 +2,18 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from padfree_bench import profiling
-from padfree_bench.attention import add_graph, release
+from padfree_bench.attention import add_graph, fill_times
 from padfree_bench.cases import DTYPES
 from padfree_bench.check import limit_of
+from padfree_bench.clocks import Watch
+from padfree_bench.contenders import release
 from padfree_bench.lengths import make_lengths
 from padfree_bench.peers.base import Refused
 from padfree_bench.results import NOT_RUN, OK, Row
@@ -164,12 +166,12 @@ class Gate:
 
 def run_model_case(
     session: Session, case: ModelCase, peers: list[ModelPeer], reference: ModelPeer, modes: Sequence[str]
-) -> list[Row]:
-    """Check every model against the reference model in fp64, then time those that passed."""
+) -> Iterator[list[Row]]:
+    """Check every model against the reference model in fp64, then time those that passed; the rows mode by mode."""
     lengths = make_lengths(case.lengths, case.batch, case.seq)
-    batch = make_batch(lengths.tolist(), case.seq, session.device)
-    rows: list[Row] = []
+    batch = make_batch(lengths.tolist(), case.seq, session.device, session.seed)
     for mode in modes:
+        rows: list[Row] = []
         training = mode == "training"
         truth = answers(reference.build(case, batch, torch.float64), training)
         own = answers(reference.build(case, batch, DTYPES[case.dtype]), training)
@@ -192,9 +194,9 @@ def run_model_case(
                 row.reason = str(refusal)
             except Exception as error:  # noqa: BLE001 - a peer may fail in its own way; the row says how
                 row.reason = first_line(error)
-        _time(session, mode, built, rows, batch)
+        _time(session, case, mode, built, rows, batch)
         release(session.device)
-    return rows
+        yield rows
 
 
 def _start_row(session: Session, case: ModelCase, mode: str, peer: ModelPeer, batch: Batch) -> Row:
@@ -222,22 +224,26 @@ def _profile(row: Row, call: Call, device: torch.device) -> None:
         profiling.fill_launches(row, call)
 
 
-def _time(session: Session, mode: str, built: dict[str, Built], rows: list[Row], batch: Batch) -> None:
-    of_mode = {row.peer: row for row in rows if row.direction == mode}
+def _time(
+    session: Session, case: ModelCase, mode: str, built: dict[str, Built], rows: list[Row], batch: Batch
+) -> None:
+    of_mode = {row.peer: row for row in rows}
     calls: dict[str, Call] = {name: CALLS[mode](model) for name, model in built.items()}
     if session.device.type == "cuda":
         for name, model in built.items():
             if model.capture:
                 add_graph(calls, of_mode[name], functools.partial(CALLS[mode], model))
-    samples = measure(calls, session.device, session.effort, wall=True)
+    watch = Watch({"case": case.id, "direction": mode})
+    samples = measure(calls, session.device, session.effort, wall=True, watch=watch)
+    if watch.readings:
+        session.result.clocks.append(watch.entry)
     for name in built:
         row, sample = of_mode[name], samples[name]
-        row.ms_p20, row.ms_p50, row.ms_p80 = sample.p20, sample.p50, sample.p80
-        row.repetitions = sample.repetitions
+        fill_times(row, samples)
         row.tokens_per_s = batch.tokens / sample.p50 * 1e3
         row.reviews_per_s = len(batch.labels) / sample.p50 * 1e3
-        if (graph := samples.get(f"{name} graph")) is not None:
-            row.graph_ms = graph.p50
+        if watch.remark:
+            row.remark(watch.remark)
 
 
 def choose_model_peers(peers: list[ModelPeer], names: str | None, device: torch.device) -> list[ModelPeer]:

@@ -3,7 +3,17 @@
 from html import escape
 from pathlib import Path
 
-from padfree_bench.results import COLUMNS, NOT_RUN, UPPER_BOUND, Result, Row, cell, used_columns
+from padfree_bench.results import (
+    COLUMNS,
+    FAULT,
+    NOT_RUN,
+    UPPER_BOUND,
+    Result,
+    Row,
+    cell,
+    fault_line,
+    used_columns,
+)
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 160rem; padding: 0 1rem; color: #1b1f24; }
@@ -13,6 +23,7 @@ th:first-child, td:first-child, .remark { text-align: left; }
 td.remark { white-space: normal; min-width: 12rem; max-width: 26rem; color: #57606a; }
 p { overflow-wrap: anywhere; } ul { font-size: 13px; margin: 0 0 1rem; color: #57606a; }
 tr.ours { background: #fff4e8; } tr.upper { font-style: italic; }
+tr.fault { background: #b00020; color: #fff; }
 .devices { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
 .devices > section { flex: 1 1 60rem; min-width: 0; overflow-x: auto; }
 .pictures { display: flex; flex-wrap: wrap; gap: .5rem; } .pictures svg { height: auto; max-width: 100%; }
@@ -22,7 +33,8 @@ details { margin: .3rem 0; } summary { cursor: pointer; font-weight: 600; } code
 
 INTRODUCTION = """
 <p>Every implementation was checked against fp64 before it was timed. Times are medians of interleaved repetitions
-with their 20th and 80th percentile; rates count real tokens only. A row without a figure says why.</p>
+with their 20th and 80th percentile, on a GPU with a cold L2 cache; rates count real tokens only. A row without a
+figure says why. A FAULT is faster than the machine can be and counts for nothing.</p>
 """
 
 
@@ -57,6 +69,8 @@ def _section(folder: str, result: Result, pictures: list[Path]) -> str:
     ]
     if result.not_reached:
         lines.append(f"<p>Not reached within the time given: {escape(', '.join(result.not_reached))}.</p>")
+    if result.faults:
+        lines.append(f"<p><strong>{escape(fault_line(result))}</strong></p>")
     if pictures:
         lines.append("<div class='pictures'>")
         lines += [_inline(path) for path in pictures]
@@ -101,7 +115,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _line(row: Row, columns: list[str]) -> str:
-    kind = "upper" if row.status == UPPER_BOUND else ""
+    kind = {UPPER_BOUND: "upper", FAULT: "fault"}.get(row.status, "")
     if row.peer.startswith(("padfree", "ours")) and not kind:
         kind = "ours"
     cells = "".join(

@@ -1,7 +1,7 @@
 """Pictures of result files: speed and memory against length, padding and head_dim, and the roofline."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "padfree"
 import matplotlib.pyplot as plt
 
-from padfree_bench.results import UPPER_BOUND, Result, Row, grouped
+from padfree_bench.results import FAULT, SECOND_WAVE, UPPER_BOUND, Result, Row, grouped
 
 # One colour a peer in every picture; the reds and oranges are padfree's.
 COLOURS = [plt.get_cmap("tab20")(index) for index in (0, 4, 8, 10, 14, 16, 18, 1, 5, 9, 11, 15, 17, 19)]
@@ -106,9 +106,15 @@ def shape_of(rows: list[Row]) -> str:
     return ", ".join(part for part in (" ".join(shared), kind) if part)
 
 
+def is_drawn(row: Row) -> bool:
+    """Not what is at fault, and no peer a second time."""
+    return row.status != FAULT and not row.peer.endswith(SECOND_WAVE)
+
+
 def draw_all(result: Result, folder: Path) -> list[Path]:
     """Write every picture the file has rows for, as SVG and PNG; returns the SVG paths."""
     folder.mkdir(parents=True, exist_ok=True)
+    result = replace(result, rows=[row for row in result.rows if is_drawn(row)])
     written = []
     for sweep in SWEEPS:
         for dtype, panels in _panels(result, sweep).items():

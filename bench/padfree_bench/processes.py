@@ -1,6 +1,7 @@
 """Processes that end: a time limit that reaches everything a command started, and a pool for what is slow to compile."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -10,14 +11,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import torch
+PR_SET_PDEATHSIG = 1
 
-from padfree_bench.machine import usable_cores
+
+def die_with_parent() -> None:
+    """Be killed when the process that started this one ends in whatever way; on Linux, elsewhere nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_limited(command: Sequence[str], seconds: float, **options: Any) -> int | None:
     """The command's exit status, or None where it ran past `seconds`; nothing it started outlives the call."""
-    process = subprocess.Popen(command, process_group=0, **options)
+    # prctl is all that runs between fork and exec, which threads cannot disturb.
+    process = subprocess.Popen(command, process_group=0, preexec_fn=die_with_parent, **options)  # noqa: PLW1509
     try:
         return process.wait(timeout=max(seconds, 0))
     except subprocess.TimeoutExpired:
@@ -33,18 +39,18 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def workers(on_gpu: bool) -> int:
-    """Processes side by side: compiling is what takes the time on a GPU machine; elsewhere a machine is shared."""
-    return max(1, min(12, usable_cores() - 2)) if on_gpu else 1
+def _start_worker() -> None:
+    import torch
+
+    die_with_parent()
+    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
-def pool(on_gpu: bool) -> Iterator[ProcessPoolExecutor]:
-    """Fresh interpreters, since CUDA does not survive a fork."""
+def pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Fresh interpreters with one thread each, since CUDA does not survive a fork."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers(on_gpu), context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as executor:
+    with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as executor:
         try:
             yield executor
         finally:

@@ -51,7 +51,7 @@ def fill_launches(row: Row, call: Callable[[], object]) -> None:
     try:
         seen = count_launches(call)
     except Exception as error:  # noqa: BLE001 - CUPTI is refused in many ways
-        row.reason = f"launches not counted: {first_line(error)}"
+        row.remark(f"launches not counted: {first_line(error)}")
         return
     row.launches, row.syncs = seen.launches, seen.syncs
     row.ran = f"{row.ran} ({seen.kernel[:60]})" if seen.kernel else row.ran

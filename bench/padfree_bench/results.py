@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SCHEMA = 1
 OK, UPPER_BOUND, NOT_RUN = "ok", "upper bound", "not run"
+# A figure that cannot be: faster than the machine. Kept to be looked into, never used.
+FAULT = "fault"
+# After a peer's name: timed once more beside those that compile for every shape. After a case's: that part of it.
+SECOND_WAVE = " (second wave)"
+EARLIER = "earlier"
 
 
 class DeviceLost(Exception):
@@ -20,8 +26,10 @@ class DeviceLost(Exception):
 class Row:
     """One implementation on one case in one direction; figures are None where it did not run.
 
+    `ms_*` are single calls (on a GPU with a cold L2), `graph_*` replays of the call as a CUDA graph, timed alike.
     `bound` names the unit that sets the floor, `fraction` is floor / time. `extra_mib` is the peak less the
-    results (output and gradients). `reason` says why there is no figure, or what to know about it.
+    results (output and gradients). `reason` says why there is no figure, or what to know about it. `wave` is 2 for
+    what was timed beside the peers that compile for every shape; only rows of one wave were interleaved.
     """
 
     suite: str
@@ -45,6 +53,8 @@ class Row:
     ms_p80: float | None = None
     repetitions: int | None = None
     graph_ms: float | None = None
+    graph_p20: float | None = None
+    graph_p80: float | None = None
     graph_reason: str = ""
     host_us: float | None = None
     tflops: float | None = None
@@ -59,6 +69,7 @@ class Row:
     syncs: int | None = None
     max_error: float | None = None
     relative_error: float | None = None
+    wave: int | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -68,10 +79,20 @@ class Row:
     def timed(self) -> bool:
         return self.ms_p50 is not None
 
+    @property
+    def usable(self) -> bool:
+        """Timed, and not at fault."""
+        return self.timed and self.status != FAULT
+
+    def remark(self, text: str) -> None:
+        """Add to `reason`; what stood there stays."""
+        if text not in self.reason:
+            self.reason = "; ".join(filter(None, [self.reason, text]))
+
 
 @dataclass
 class Result:
-    """One run of one suite."""
+    """One run of one suite. `clocks`: the GPU's clocks around every timed part, as `clocks.Watch` notes them."""
 
     suite: str
     environment: dict[str, Any]
@@ -79,10 +100,15 @@ class Result:
     ceilings: dict[str, Any] | None = None
     quick: bool = False
     not_reached: list[str] = field(default_factory=list)
+    clocks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def device(self) -> str:
         return str(self.environment["device"])
+
+    @property
+    def faults(self) -> list[Row]:
+        return [row for row in self.rows if row.status == FAULT]
 
 
 def _rounded(value: Any) -> Any:
@@ -105,8 +131,12 @@ def to_json(result: Result) -> str:
         "ceilings": _rounded(result.ceilings),
         "not_reached": result.not_reached,
     }
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
+    text = json.dumps(head, indent=1)[:-2]
+    for name, entries in (("clocks", result.clocks), ("rows", rows)):
+        if entries or name == "rows":
+            lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
+            text += f',\n "{name}": [\n{lines}\n ]'
+    return text + "\n}\n"
 
 
 def from_json(text: str) -> Result:
@@ -130,6 +160,7 @@ def from_json(text: str) -> Result:
         ceilings=content["ceilings"],
         quick=content["quick"],
         not_reached=content["not_reached"],
+        clocks=content.get("clocks", []),
     )
 
 
@@ -142,9 +173,14 @@ def load(path: Path) -> Result:
 
 
 def save(result: Result, folder: Path) -> Path:
-    """Write <suite>.json, .csv and .md whole or not at all, so that an early stop leaves the last good state."""
+    """Write <suite>.json, .csv and .md whole or not at all, so that an early stop leaves the last good state.
+
+    The JSON of another run that stands there moves to earlier/<when it started>-<suite>.json, unless it was quick.
+    ValueError where it is of another device.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.suite}.json"
+    _keep_earlier(path, result)
     _replace(path, to_json(result))
     temporary = folder / f".{result.suite}.csv"
     with temporary.open("w", newline="") as file:
@@ -159,6 +195,27 @@ def save(result: Result, folder: Path) -> Path:
     return path
 
 
+def _keep_earlier(path: Path, result: Result) -> None:
+    if not path.exists():
+        return
+    try:
+        environment = json.loads(path.read_text())["environment"]
+        device, started = str(environment["device"]), environment.get("started")
+    except (KeyError, TypeError, ValueError):
+        # Unreadable, but somebody's.
+        device, started = result.device, "unknown"
+    if device != result.device:
+        raise ValueError(
+            f"{path} holds figures of {device}, these are of {result.device}: give another --output"
+        )
+    if started == result.environment.get("started") or result.quick:
+        return
+    stamp = re.sub(r"[^0-9A-Za-z]+", "-", str(started).partition("+")[0])
+    kept = path.parent / EARLIER / f"{stamp}-{path.name}"
+    kept.parent.mkdir(exist_ok=True)
+    path.replace(kept)
+
+
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text)
@@ -168,7 +225,7 @@ def _replace(path: Path, text: str) -> None:
 COLUMNS: dict[str, str] = {
     "peer": "implementation",
     "time": "ms, median [p20, p80]",
-    "graph_ms": "graph ms",
+    "graph_ms": "as CUDA graph, ms",
     "host_us": "host µs",
     "tflops": "useful TFLOP/s",
     "gb_per_s": "useful GB/s",
@@ -187,7 +244,12 @@ COLUMNS: dict[str, str] = {
 def cell(row: Row, column: str) -> str:
     """One cell of a table, empty where there is no figure."""
     if column == "time":
-        return f"{row.ms_p50:.4g} [{row.ms_p20:.4g}, {row.ms_p80:.4g}]" if row.timed else row.status
+        if not row.timed:
+            return row.status
+        figure = f"{row.ms_p50:.4g} [{row.ms_p20:.4g}, {row.ms_p80:.4g}]"
+        return f"FAULT {figure}" if row.status == FAULT else figure
+    if column == "graph_ms" and row.graph_ms is not None and row.graph_p20 is not None:
+        return f"{row.graph_ms:.4g} [{row.graph_p20:.4g}, {row.graph_p80:.4g}]"
     if column == "remark":
         status = row.status if row.timed and row.status != OK else ""
         return "; ".join(
@@ -218,6 +280,12 @@ def grouped(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     return tables
 
 
+def fault_line(result: Result) -> str:
+    """Which rows are at fault, in one line."""
+    named = ", ".join(f"{row.case} {row.direction} {row.peer}" for row in result.faults)
+    return f"FAULT: {len(result.faults)} figures are faster than this machine can be and count for nothing: {named}"
+
+
 def markdown(result: Result) -> str:
     """The Markdown form of a result file: one table a case and direction."""
     environment = result.environment
@@ -230,6 +298,8 @@ def markdown(result: Result) -> str:
     ]
     if result.not_reached:
         lines += ["", f"Not reached within the time given: {', '.join(result.not_reached)}."]
+    if result.faults:
+        lines += ["", f"**{fault_line(result)}**"]
     for (case, direction), rows in grouped(result.rows).items():
         columns = used_columns(rows)
         lines += ["", f"## {case}, {direction}", "", "| " + " | ".join(COLUMNS[c] for c in columns) + " |"]

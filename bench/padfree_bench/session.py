@@ -1,6 +1,8 @@
 """One run of one suite: its deadline, its progress, and a result file that is whole after every case."""
 
 import argparse
+import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -10,11 +12,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from padfree_bench import machine
+from padfree_bench import clocks, machine
 from padfree_bench.ceilings import Ceilings, measure_ceilings
-from padfree_bench.results import NOT_RUN, DeviceLost, Result, Row, cell, grouped, save, to_json
+from padfree_bench.results import NOT_RUN, DeviceLost, Result, Row, cell, fault_line, grouped, save, to_json
 from padfree_bench.timing import Effort, own_stream
 
+# A tune.json whose accepted rows come before the table's own, in this process.
+TUNED_ROWS = "PADFREE_TUNED_ROWS"
 MAIN_COLUMNS = (
     "peer",
     "time",
@@ -29,6 +33,10 @@ MAIN_COLUMNS = (
     "syncs",
     "relative_error",
 )
+
+
+# What a case gives: its rows, or its rows part by part.
+Parts = list[Row] | Iterable[list[Row]]
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -58,7 +66,8 @@ def _device_is_lost() -> bool:
 class Session:
     """Holds the options every suite shares and collects rows.
 
-    The result is saved after each case, so that a run that is stopped keeps what it had measured.
+    The result is saved after each part of a case, so that a run that is stopped keeps what it had measured. One
+    seed a run draws all inputs: a kernel that is right for one draw only does not stay unseen.
     """
 
     def __init__(
@@ -71,16 +80,21 @@ class Session:
         self.deadline = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
         name = f"{suite}-{options.label}" if options.label else suite
         self.result = Result(name, machine.environment(self.device, command), quick=options.quick)
+        self.seed: int = random.randrange(2**31) if options.seed is None else options.seed
+        self.result.environment["seed"] = self.seed
+        if tuned := os.environ.get(TUNED_ROWS):
+            from padfree_bench.tune import apply_rows
+
+            self.result.environment["tuned_rows"] = apply_rows(Path(tuned)) if Path(tuned).is_file() else []
         if (load := self.result.environment["load_before"]) > machine.usable_cores():
             print(f"this machine is busy (load {load}): its figures say little", file=sys.stderr)
         slug = machine.device_slug(self.device)
         self.folder = Path(options.output) / (f"{slug}-quick" if options.quick else slug)
         self.ceilings: Ceilings = measure_ceilings(self.device, set(dtypes))
-        self.result.ceilings = asdict(self.ceilings)
         self.lost: DeviceLost | None = None
 
-    def run(self, cases: Iterable[tuple[str, Callable[[], list[Row]]]]) -> Result:
-        """Measure each (name, function that returns its rows) until done or out of time; then print the table."""
+    def run(self, cases: Iterable[tuple[str, Callable[[], Parts]]]) -> Result:
+        """Measure each (name, function that gives its rows) until done or out of time; then print the table."""
         todo = list(cases)
         with (
             own_stream(self.device),
@@ -92,13 +106,21 @@ class Session:
                     continue
                 progress.set_postfix_str(name)
                 try:
-                    self.result.rows += measure_case()
+                    parts = measure_case()
+                    for rows in [parts] if isinstance(parts, list) else parts:
+                        self.result.rows += rows
+                        self._save()
                 except (DeviceLost, torch.AcceleratorError) as error:
                     # The second where it first shows while the clock runs.
                     self.lost = DeviceLost(str(error).partition("\n")[0])
                     self.result.not_reached.append(name)
-                self._save()
-        self.result.environment["clocks_after"] = machine.clocks()
+                except Exception as error:
+                    # The inputs or their truth; a peer that fails has a row for it.
+                    if not out_of_memory(error):
+                        raise
+                    print(f"{name}: out of memory, the next case may fit", file=sys.stderr)
+                    self.result.not_reached.append(name)
+        self.result.environment["clocks_after"] = clocks.read_clocks()
         self._save()
         print(to_json(self.result) if self.options.json else terminal_table(self.result))
         self._draw()
@@ -115,16 +137,19 @@ class Session:
             if self.lost:
                 return
             raise ValueError("nothing was measured; files of earlier runs are left as they were")
+        print(f"saved {self.folder / self.result.suite}.json, .csv and .md", file=sys.stderr)
+        if self.options.no_pictures:
+            return
         from padfree_bench.plots import draw_all  # matplotlib takes a second to import
 
         pictures = draw_all(self.result, self.folder / "plots")
-        print(f"saved {self.folder / self.result.suite}.json, .csv and .md", file=sys.stderr)
         if pictures:
             print(
                 f"drew {len(pictures)} pictures in {self.folder / 'plots'}, as .png and .svg", file=sys.stderr
             )
 
     def _save(self) -> None:
+        self.result.ceilings = asdict(self.ceilings)
         if self.measured:
             save(self.result, self.folder)
 
@@ -159,6 +184,8 @@ def terminal_table(result: Result) -> str:
             reasons.setdefault(row.reason, {})[row.peer] = None
     if reasons:
         lines += ["", "remarks:", *(f"  {', '.join(peers)}: {reason}" for reason, peers in reasons.items())]
+    if result.faults:
+        lines += ["", fault_line(result)]
     if result.not_reached:
         lines += ["", f"not reached within the time given: {', '.join(result.not_reached)}"]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Interleaved timing: one repetition of every contender in turn, again and again, then medians and quantiles.
 
-On a GPU each call stands between two CUDA events after the L2 cache was overwritten; `wall=True` and CPUs use
+On a GPU each call stands between two CUDA events after the L2 cache was flushed; `wall=True` and CPUs use
 the wall clock with a synchronisation. Drift of clocks or neighbours then hits all contenders alike.
 """
 
@@ -8,12 +8,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 Call = Callable[[], object]
-# Larger than any L2 in use.
+Watch = Callable[[str], None]
+# Several times any L2 in use.
 FLUSH_BYTES = 256 * 2**20
 # About half a millisecond in which the host queues the call under test, so that its events enclose the GPU's work
 # and not the host's; that is `host_us`.
@@ -71,6 +73,7 @@ def measure(
     effort: Effort,
     wall: bool = False,
     clock: Callable[[], float] = time.perf_counter,
+    watch: Watch = lambda moment: None,
 ) -> dict[str, Sample]:
     """Time every call, interleaved A B C A B C.
 
@@ -80,11 +83,13 @@ def measure(
         effort: how many repetitions; the same number for each.
         wall: wall clock with synchronisation on a GPU too, for whole steps.
         clock: seconds, replaceable in tests.
+        watch: called "before" the first repetition, "during" one in the middle, while a GPU works through what was
+            queued, and right "after" the last; never between a call's two time stamps.
     """
     if not calls:
         return {}
     if device.type == "cuda" and not wall:
-        return _measure_events(calls, effort, clock)
+        return _measure_events(calls, effort, clock, watch)
 
     def timed(call: Call) -> float:
         synchronize(device)
@@ -96,18 +101,34 @@ def measure(
     for _ in range(max(1, effort.warmup)):
         round_ms = sum(timed(call) for call in calls.values())
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_repetitions(round_ms, effort)):
+    repetitions = _repetitions(round_ms, effort)
+    watch("before")
+    for repetition in range(repetitions):
         for name, call in calls.items():
             taken[name].append(timed(call))
+        if repetition == repetitions // 2:
+            watch("during")
+    watch("after")
     return {name: summarise(values) for name, values in taken.items()}
 
 
-def _measure_events(calls: dict[str, Call], effort: Effort, clock: Callable[[], float]) -> dict[str, Sample]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+def make_flush() -> Call:
+    """A call that fills the GPU's L2 with other data.
+
+    It reads and does not write: lines that the timed call had to write back first would count as its own traffic.
+    """
+    other = torch.zeros(FLUSH_BYTES // 4, device="cuda")
+    return other.sum
+
+
+def _measure_events(
+    calls: dict[str, Call], effort: Effort, clock: Callable[[], float], watch: Watch
+) -> dict[str, Sample]:
+    flush = make_flush()
 
     def timed(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event, float]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
+        flush()
         torch.cuda._sleep(WAIT_CYCLES)
         start.record()
         issued = clock()
@@ -123,11 +144,16 @@ def _measure_events(calls: dict[str, Call], effort: Effort, clock: Callable[[], 
         torch.cuda.synchronize()
         round_ms = (clock() - begin) * 1e3
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event, float]]] = {name: [] for name in calls}
-    for _ in range(_repetitions(round_ms, effort)):
+    repetitions = _repetitions(round_ms, effort)
+    watch("before")
+    for repetition in range(repetitions):
         for name, call in calls.items():
             events[name].append(timed(call))
+        if repetition == repetitions // 2:
+            watch("during")
         # Bounds the queue, so that no call waits for a full one; between rounds, not inside a timed region.
         torch.cuda.synchronize()
+    watch("after")
     return {
         name: summarise([start.elapsed_time(end) for start, end, _ in taken], [host for _, _, host in taken])
         for name, taken in events.items()
@@ -152,6 +178,18 @@ def own_stream(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _end_failed_capture(index: int, pool: Any) -> None:
+    """Undo what torch leaves behind, by which every later empty_cache() and random number would fail."""
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    # The default generator still believes that it is being captured: give it a fresh state with its seed.
+    with contextlib.suppress(RuntimeError):
+        default = torch.cuda.default_generators[index]
+        fresh = torch.Generator(f"cuda:{index}").manual_seed(default.initial_seed())
+        default.graphsafe_set_state(fresh.graphsafe_get_state())
+
+
 def capture_graph(make: Callable[[], Call]) -> Call:
     """A replay of the call as one CUDA graph; raises what the capture raises. To be used within `own_stream`."""
     call, stream = make(), torch.cuda.current_stream()
@@ -162,10 +200,7 @@ def capture_graph(make: Callable[[], Call]) -> Call:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             call()
     except Exception:
-        # torch leaves a failed capture open, and every later empty_cache() would stop on an internal assertion.
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-            torch._C._cuda_releasePool(stream.device_index, pool)
+        _end_failed_capture(stream.device_index, pool)
         raise
 
     def replay(kept: Call = call) -> None:

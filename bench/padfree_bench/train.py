@@ -16,6 +16,7 @@ import torch
 from imdb_classifier.modeling import TextClassifier, TextClassifierConfig
 from padfree_bench import profiling
 from padfree_bench.cases import DTYPES, choose_dtypes
+from padfree_bench.clocks import Watch
 from padfree_bench.encoder import check_padfree
 from padfree_bench.lengths import imdb_lengths
 from padfree_bench.machine import pick_device
@@ -55,7 +56,7 @@ RECIPES = [
 ]
 
 
-def make_batches(count: int, size: int, grouped: bool, device: torch.device) -> list[Batch]:
+def make_batches(count: int, size: int, grouped: bool, device: torch.device, seed: int) -> list[Batch]:
     """The same reviews either way: `count` batches of `size`."""
     lengths = imdb_lengths(count * size, MAX_LENGTH)
     if grouped:
@@ -64,8 +65,8 @@ def make_batches(count: int, size: int, grouped: bool, device: torch.device) -> 
     # A random batch of 64 reviews always holds one at the cut: the notebook pads every batch to 400.
     widths = rows.max(axis=1) if grouped else np.full(count, MAX_LENGTH)
     return [
-        make_batch(row.tolist(), int(width), device, seed)
-        for seed, (row, width) in enumerate(zip(rows, widths, strict=True))
+        make_batch(row.tolist(), int(width), device, seed + index)
+        for index, (row, width) in enumerate(zip(rows, widths, strict=True))
     ]
 
 
@@ -115,7 +116,7 @@ def run_case(
 ) -> list[Row]:
     """Check a step of every recipe against the notebook's model in fp64, then time the epochs in turn."""
     device, dtype = session.device, DTYPES[dtype_name]
-    batches = {grouped: make_batches(count, size, grouped, device) for grouped in (False, True)}
+    batches = {grouped: make_batches(count, size, grouped, device, session.seed) for grouped in (False, True)}
     # From the middle, so that the grouped one is padded less than the random one, and not the shortest.
     probes = {grouped: made[count // 2] for grouped, made in batches.items()}
     reference = make_model(preset, RECIPES[0], device)
@@ -145,12 +146,18 @@ def run_case(
     tokens = sum(batch.tokens for batch in batches[False])
     seconds = 10 if session.options.quick else 20 if device.type == "cuda" else 60
     effort = Effort(seconds, least=5, most=15, warmup=1, at_most_seconds=2 * seconds)
-    for name, sample in measure(epochs, device, effort, wall=True).items():
+    watch = Watch({"case": case_id(preset, size, count, dtype_name), "direction": "step"})
+    samples = measure(epochs, device, effort, wall=True, watch=watch)
+    if watch.readings:
+        session.result.clocks.append(watch.entry)
+    for name, sample in samples.items():
         row = next(row for row in rows if row.peer == name)
         row.ms_p20, row.ms_p50, row.ms_p80 = sample.p20 / count, sample.p50 / count, sample.p80 / count
         row.repetitions = sample.repetitions
         row.tokens_per_s = tokens / sample.p50 * 1e3
         row.reviews_per_s = size * count / sample.p50 * 1e3
+        if watch.remark:
+            row.remark(watch.remark)
     return rows
 
 

@@ -26,7 +26,7 @@ from padfree_bench.cases import Case, parse_case
 from padfree_bench.check import Truth, compute_truth, relative_error
 from padfree_bench.cli import positive_minutes
 from padfree_bench.inputs import make_inputs
-from padfree_bench.processes import stop_on_sigterm, workers
+from padfree_bench.processes import stop_on_sigterm
 from padfree_bench.results import RESULTS, DeviceLost
 from padfree_bench.timing import Call, Effort, capture_graph, measure, own_stream
 from padfree_bench.tune_candidates import (
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> int:
     """Answer the questions, saved one by one; status 2 with one line for a wrong argument, 1 for a lost GPU."""
     options, device = parser().parse_args(argv), machine.pick_device()
     on_gpu, deadline = device.type == "cuda", time.monotonic() + options.minutes * 60
-    jobs = options.jobs or workers(on_gpu)
+    jobs = options.jobs or min(16, machine.usable_cores())
     stop_on_sigterm()
     try:
         asked = questions(options.cases, options.passes)

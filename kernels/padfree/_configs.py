@@ -209,8 +209,9 @@ def choose(
 
     Each of the `extras` (attn_mask, dropout, a wide window or grouped heads, unaligned rows) holds registers beside a
     tile of scores. A call with any walks a short sequence's tiles in half steps, quarter ones if rows are unaligned and
-    something else is held. Several, or unaligned rows, also take the registers of 8 warps in half precision, although
-    those of a 64-row tile then compute everything twice: right and rare, not fast.
+    something else is held. In half precision it does without a pipeline, beside which ptxas serializes the matrix
+    instructions of many such calls (NOTES.md, 2026-11-26); several extras, or unaligned rows, also take the registers of
+    8 warps there, although those of a 64-row tile then compute everything twice: right and rare, not fast.
     """
     length, kind = 0 if extras else length, dtype_kind(dtype)
     config = _choose(passname, kind, padded_head_dim(head_dim), length, architecture(device))
@@ -219,10 +220,11 @@ def choose(
     halvings = 2 if unaligned and extras > 1 else 1
     more_warps = passname == "single_query" or (kind == "half" and (extras > 1 or unaligned))
     step = max(16, getattr(config, WALKS[passname]) >> halvings)
+    most_stages = 1 if kind == "half" else 2
     return config._replace(
         **{WALKS[passname]: step},
         num_warps=8 if more_warps else config.num_warps,
-        num_stages=min(2, config.num_stages),
+        num_stages=min(most_stages, config.num_stages),
     )
 
 

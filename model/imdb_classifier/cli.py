@@ -140,7 +140,9 @@ def add_data_options(
     )
     parser.add_argument("--limit", type=limit, metavar="N", help="use N reviews of each split at most")
     parser.add_argument(
-        "--cache-dir", type=Path, help="where tokenized reviews are kept (default: the datasets cache)"
+        "--cache-dir",
+        type=Path,
+        help="where tokenized reviews are kept (default: imdb_classifier in HF_HOME or ~/.cache/huggingface)",
     )
 
 

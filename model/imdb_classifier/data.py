@@ -2,17 +2,19 @@
 
 import hashlib
 import json
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors.torch
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from imdb_classifier.checkpoint import sha256_of
 from imdb_classifier.sources import Split
 from imdb_classifier.tokenization import encode
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 # Batches that are sorted by length together; wide enough to save padding, narrow enough to keep batches random.
 WINDOW_IN_BATCHES = 32
+# Part of the cache's key, so that a file of another layout is never looked at.
+CACHE_FORMAT = 1
+# A call of the tokenizer keeps offsets, masks and the cut-off rest of all its texts until it returns.
+REVIEWS_AT_A_TIME = 1_000
 
 
 class TokenizedReviews(torch.utils.data.Dataset):
@@ -51,41 +57,44 @@ class TokenizedReviews(torch.utils.data.Dataset):
 def tokenize(
     split: Split, tokenizer: "PreTrainedTokenizerFast", max_length: int, cache_dir: Path | None = None
 ) -> TokenizedReviews:
-    """Token ids of every review, cut at `max_length`; computed in batches and kept on disk by content.
+    """Token ids of every review, cut at `max_length`; computed once and kept on disk by content.
 
-    The cache file's name is a digest of the texts, the tokenizer and `max_length`, so it cannot be stale; the
-    SHA-256 of its bytes stands beside it, and a file that differs from it is made anew.
+    The cache file's name is a digest of the texts, the tokenizer and `max_length`, so it cannot be stale; a file
+    that is not as it was written is made anew.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls leave their truncation and padding behind in the tokenizer; they are not part of what it is.
     settings |= {"truncation": None, "padding": None}
-    key = [max_length, settings, datasets.__version__, split.texts]
+    key = [CACHE_FORMAT, max_length, settings, split.texts]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "imdb_classifier"
+    folder = cache_dir or Path(constants.HF_HOME) / "imdb_classifier"
     folder.mkdir(parents=True, exist_ok=True)
-    cache_file = folder / f"tokens-{digest}.arrow"
-    seal = cache_file.with_suffix(".sha256")
-    if cache_file.exists() and not (seal.exists() and seal.read_bytes() == sha256_of(cache_file).encode()):
-        cache_file.unlink()
-    is_new = not cache_file.exists()
-    # datasets writes beside the final name and renames, so a killed run leaves no half file.
-    tokens = datasets.Dataset.from_dict({"text": split.texts}).map(
-        lambda batch: {"input_ids": encode(tokenizer, batch["text"], max_length)},
-        batched=True,
-        remove_columns=["text"],
-        cache_file_name=str(cache_file),
-        new_fingerprint=digest,
-    )
-    if is_new:
-        seal.write_text(sha256_of(cache_file))
-    column = tokens.data.column("input_ids").combine_chunks()
-    ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
-    return TokenizedReviews(
-        torch.tensor(ids, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int64), split.labels
-    )
+    cache_file = folder / f"tokens-{digest}.bin"
+    # the SHA-256 of what follows, and safetensors
+    content = cache_file.read_bytes() if cache_file.exists() else b""
+    if content[:32] != hashlib.sha256(content[32:]).digest():
+        ids = [
+            torch.tensor(review, dtype=torch.int32)
+            for at in range(0, len(split), REVIEWS_AT_A_TIME)
+            for review in encode(tokenizer, split.texts[at : at + REVIEWS_AT_A_TIME], max_length)
+        ]
+        lengths = torch.tensor([len(review) for review in ids], dtype=torch.int32)
+        body = safetensors.torch.save({"ids": torch.cat(ids), "lengths": lengths})
+        content = hashlib.sha256(body).digest() + body
+        _write_whole(cache_file, content)
+    tokens = safetensors.torch.load(content[32:])
+    return TokenizedReviews(tokens["ids"], tokens["lengths"], split.labels)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write beside the final name and rename, so that a killed run leaves no half file."""
+    # The process in its name, since another one may be making the same file.
+    building = path.with_name(f".building-{os.getpid()}-{path.name}")
+    try:
+        building.write_bytes(content)
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
 
 
 class ReviewBatches(Sampler[list[int]]):

@@ -1,7 +1,6 @@
 """Is the Hub within reach? Asked once, with a short limit, so that an offline machine gets its answer at once."""
 
 import os
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -43,10 +42,6 @@ def go_offline() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = True
-    if "datasets" in sys.modules:
-        from datasets import config
-
-        config.HF_HUB_OFFLINE = True
 
 
 def prepare_hub() -> bool:

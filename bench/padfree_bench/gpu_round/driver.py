@@ -1,0 +1,254 @@
+"""`python3 -m bench gpu-round --part prepare|smoke|main`: a GPU's quarter of an hour, used to the full.
+
+prepare  on a CPU, before: what a CPU can make goes into .carry/ (kernels, reviews, tokens, the commit)
+smoke    within 4 minutes: is it right on this hardware, does it repeat, the first figures
+main     within 8 minutes: tune, all tables, training, memory, compute-sanitizer
+
+Every step is a process with a limit of its own; what came of it is on disk before the next one starts, in one folder a
+card. Without a GPU both parts are rehearsed as far as they go, and say "rehearsed", never "passed".
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from padfree_bench.gpu_round.steps import (
+    CARRY,
+    OVERHEAD_SECONDS,
+    PART_SECONDS,
+    PARTS,
+    ROOT,
+    VERSIONS_SECONDS,
+    Round,
+    Step,
+    worker,
+)
+from padfree_bench.processes import run_limited, stop_on_sigterm
+from padfree_bench.results import RESULTS
+
+PASSED, FAILED, TIMED_OUT, NOT_RUN, REHEARSED = "passed", "failed", "timed out", "not run", "rehearsed"
+LOG_BYTES = 200_000
+
+
+@dataclass
+class Outcome:
+    """What became of a step; `details` is the last line of JSON it printed."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    reason: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def environment(around: Round, step: Step) -> dict[str, str]:
+    """Our own folders first, one compile cache for all steps, nothing kept back in a buffer."""
+    folders = [str(ROOT / folder) for folder in ("kernels", "model", "bench")]
+    return {
+        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        "PYTHONPATH": os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(around.cache),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        **step.environment,
+    }
+
+
+def run_step(around: Round, step: Step, seconds: float) -> Outcome:
+    """Run one step within its limit and `seconds`; never raises for what the step does."""
+    if step.needs_gpu and not around.on_gpu:
+        return Outcome(step.name, NOT_RUN, reason="needs a CUDA GPU")
+    limit, start = min(step.seconds, seconds), time.monotonic()
+    if limit < 5:
+        return Outcome(step.name, NOT_RUN, reason="no time left")
+    log = around.folder / "logs" / f"{step.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with log.open("w") as output:
+            status = run_limited(
+                step.command,
+                limit,
+                cwd=ROOT,
+                env=environment(around, step),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+    except OSError as error:
+        return Outcome(step.name, FAILED, reason=str(error))
+    text = log.read_text(errors="replace")
+    log.write_text(text[-LOG_BYTES:])
+    lines = [line for line in text.splitlines() if line.strip()]
+    outcome = Outcome(step.name, PASSED if around.on_gpu else REHEARSED, time.monotonic() - start)
+    outcome.details = next((found for line in reversed(lines) if (found := _json(line)) is not None), {})
+    if status is None:
+        outcome.status, outcome.reason = (
+            TIMED_OUT,
+            f"stopped after {limit:.0f} s; what it had written is kept",
+        )
+    elif status:
+        said = [line for line in lines if _json(line) is None]
+        outcome.status, outcome.reason = FAILED, f"status {status}: {' / '.join(said[-3:])[:600]}"
+    return outcome
+
+
+def _json(line: str) -> dict[str, Any] | None:
+    with contextlib.suppress(json.JSONDecodeError):
+        if line.startswith("{"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    return None
+
+
+def verdict_of(outcomes: list[Outcome], steps: list[Step], on_gpu: bool) -> str:
+    """ "passed" only on a GPU with every step passed; a rehearsal can fail but never pass."""
+    if any(outcome.status in (FAILED, TIMED_OUT) for outcome in outcomes):
+        return FAILED
+    if len(outcomes) < len(steps):
+        return "unfinished"
+    if not on_gpu:
+        return REHEARSED
+    return PASSED if all(outcome.status == PASSED for outcome in outcomes) else "incomplete"
+
+
+def save(
+    around: Round, part: str, versions: dict[str, Any], steps: list[Step], outcomes: list[Outcome]
+) -> str:
+    """Write the state of the part whole or not at all; returns its verdict."""
+    verdict = verdict_of(outcomes, steps, around.on_gpu)
+    content = {
+        "kind": "gpu-round",
+        "part": part,
+        "verdict": verdict,
+        "environment": versions,
+        "steps": [asdict(outcome) for outcome in outcomes],
+        "not_reached": [step.name for step in steps[len(outcomes) :]],
+    }
+    temporary = around.folder / f".round-{part}.json"
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(around.folder / f"round-{part}.json")
+    return verdict
+
+
+def archive(folder: Path, target: Path) -> None:
+    """Pack the card's folder, whole or not at all; checkpoints and pictures stay."""
+    temporary = target.with_name(f".{target.name}")
+    left_out = {".pt", ".safetensors", ".png", ".svg", ".bin"}
+    with tarfile.open(temporary, "w:gz") as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix not in left_out and not path.name.startswith("."):
+                tar.add(path, Path(folder.name) / path.relative_to(folder))
+    temporary.replace(target)
+
+
+def look_around(output: Path) -> tuple[Round, dict[str, Any]]:
+    """Ask a process what machine this is: torch takes seconds to import, and this one must stay light."""
+    asked = subprocess.run(
+        worker("padfree_bench.gpu_round.versions"), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / f) for f in ("kernels", "model", "bench"))},
+    )  # fmt: skip
+    found = _json((asked.stdout.strip().splitlines() or [""])[-1])
+    if asked.returncode or found is None:
+        raise OSError(f"cannot tell what machine this is: {(asked.stderr.strip().splitlines() or ['?'])[-1]}")
+    folder = output / found.pop("folder")
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or ROOT / "runs" / "triton-cache").resolve()
+    return Round(output, folder, cache, found["device_type"] == "cuda"), found
+
+
+def table(steps: list[Step], outcomes: list[Outcome]) -> str:
+    """What was done, skipped and why, a line a step."""
+    lines = []
+    for number, step in enumerate(steps):
+        outcome = (
+            outcomes[number] if number < len(outcomes) else Outcome(step.name, NOT_RUN, reason="not reached")
+        )
+        lines.append(
+            f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s of {step.seconds:3}  {outcome.reason or step.summary}"
+        )
+    return "\n".join(lines)
+
+
+def run_part(part: str, output: Path, packed: Path | None, only: list[str] | None) -> int:
+    begin = time.monotonic()
+    around, versions = look_around(output)
+    around.folder.mkdir(parents=True, exist_ok=True)
+    steps = [step for step in PARTS[part](around) if only is None or step.name in only]
+    outcomes: list[Outcome] = []
+    verdict = save(around, part, versions, steps, outcomes)
+    print(f"{part} on {versions['device']}: {', '.join(step.name for step in steps)}", flush=True)
+    kernels = CARRY / "triton-cache.tar.xz"
+    if kernels.is_file() and steps[:1] and steps[0].name == "warm":
+        from padfree_bench.gpu_round.carry import unpack
+
+        unpack(kernels, around.cache)
+    for step in steps:
+        left = PART_SECONDS[part] - OVERHEAD_SECONDS / 2 - (time.monotonic() - begin)
+        # A rehearsal is about getting to the end: two cores take longer than sixteen.
+        outcome = run_step(around, step, left if around.on_gpu else 10 * step.seconds)
+        outcomes.append(outcome)
+        verdict = save(around, part, versions, steps, outcomes)
+        if packed is not None:
+            archive(around.folder, packed)
+        print(
+            f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s  {outcome.reason or outcome.details}"[
+                :300
+            ],
+            flush=True,
+        )
+    print(
+        f"\n{table(steps, outcomes)}\n{verdict}: {around.folder / f'round-{part}.json'}, {time.monotonic() - begin:.0f} s in all"
+    )
+    return 0 if verdict in (PASSED, REHEARSED) else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="python3 -m bench gpu-round",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument("--part", required=True, choices=("prepare", *PART_SECONDS))
+    options.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder for results (default: bench/results)"
+    )
+    options.add_argument(
+        "--archive", type=Path, help="pack the card's folder into this .tar.gz after every step"
+    )
+    options.add_argument("--steps", help="names by comma; all when left out")
+    options.add_argument(
+        "--reviews", type=Path, help="prepare: a .parquet of reviews (text, label) to take 4,000 from"
+    )
+    options.add_argument("--tokenizer", type=Path, help="prepare: a tokenizer's folder")
+    return options
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0 for passed or rehearsed, 1 for anything else, 2 for a wrong argument."""
+    options = parser().parse_args(argv)
+    stop_on_sigterm()
+    if options.part == "prepare":
+        from padfree_bench.gpu_round.prepare import prepare
+
+        return prepare(options.reviews, options.tokenizer)
+    only = options.steps.split(",") if options.steps else None
+    known = [step.name for step in PARTS[options.part](Round(RESULTS, RESULTS, CARRY, on_gpu=False))]
+    if unknown := set(only or ()) - set(known):
+        print(
+            f"python3 -m bench gpu-round: steps must be of {', '.join(known)}, got {', '.join(sorted(unknown))}",
+            file=sys.stderr,
+        )
+        return 2
+    if options.archive:
+        options.archive.parent.mkdir(parents=True, exist_ok=True)
+    return run_part(options.part, options.output.resolve(), options.archive, only)
+
+
+__all__ = ["VERSIONS_SECONDS", "main"]

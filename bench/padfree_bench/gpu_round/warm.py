@@ -1,0 +1,218 @@
+"""Compile all that a part of the round will launch, side by side, into one Triton cache, without touching a GPU.
+
+An item is a call of the library as a later step makes it, on CPU tensors of the same shapes and strides; under
+`compile_only` its launches are compiled for sm_90 and not run. So the list cannot drift from what is launched. Whether
+a cache that was brought along serves is not assumed but counted: a hit is Triton's own word for a kernel it found.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from padfree_bench.aot import compile_only
+from padfree_bench.gpu_round import agreement, steps
+from padfree_bench.processes import pool
+
+ARCH = 90
+Item = tuple[str, ...]
+# What a rehearsal without --all compiles: every so manieth item.
+SOME = 12
+
+
+def items(part: str) -> list[Item]:
+    """The calls of a part ("smoke", "main"), or those that only the tuned rows change ("tuned")."""
+    if part == "tuned":
+        tuned = os.environ.get("PADFREE_TUNED_ROWS", "")
+        return attention_items(steps.HEADLINE, steps.OUR_PEERS) if Path(tuned).is_file() else []
+    checks = [("case", str(index)) for index in range(len(agreement.all_cases(ARCH)))]
+    first = [peer for peer in steps.FIRST_PEERS.split(",") if peer.startswith("padfree")]
+    if part == "smoke":
+        return [*attention_items(steps.HEADLINE, first), ("exp2",), *checks]
+    table = (*steps.HEADLINE, *steps.CONTROL, *steps.OTHER_HEADS)
+    more = (*steps.PRECISION, *steps.LONG, *steps.MEMORY)
+    touching = [("touch", str(index)) for index in range(len(agreement.touching_cases()))]
+    return [
+        *(("tune", json.dumps(item)) for item in tune_items()),
+        *attention_items(table, steps.OUR_PEERS),
+        ("exp2",),
+        *(("train", preset, str(width)) for preset in ("notebook", "d768") for width in (400, 393)),
+        *touching,
+        *attention_items(more, first),
+    ]
+
+
+def attention_items(cases: tuple[str, ...], peers: Any) -> list[Item]:
+    return [("attention", case, peer) for case in cases for peer in peers]
+
+
+def tune_items() -> Iterator[Any]:
+    from padfree_bench.tune import warm_items
+
+    yield from warm_items()
+
+
+def run_item(kind: str, *args: str) -> None:
+    """One call as a later step makes it; what it returns is nothing, for nothing is computed."""
+    cpu = torch.device("cpu")
+    if kind in ("case", "touch"):
+        case = (agreement.all_cases(ARCH) if kind == "case" else agreement.touching_cases())[int(args[0])]
+        call = agreement.call_of(case, "triton")
+        options = dict(case.options)
+        run_call(call, case.inputs(cpu, case.seeds[0]), options)
+    elif kind == "attention":
+        run_peer(*args)
+    elif kind == "exp2":
+        from padfree_bench import exp2_kernel
+
+        exp2_kernel.launch(torch.empty(exp2_kernel.BLOCK * 16))
+    elif kind == "train":
+        run_training_step(args[0], int(args[1]))
+
+
+def run_call(call: Any, inputs: Any, options: dict[str, Any]) -> None:
+    from padfree import testing
+
+    testing.run(call, inputs, **options)
+
+
+def run_peer(case_id: str, name: str) -> None:
+    """Forward alone and with its backward, of one of our own peers on one case of the tables."""
+    from padfree_bench.cases import DTYPES, parse_case
+    from padfree_bench.inputs import Inputs
+    from padfree_bench.peers import PEERS, padfree_peers
+
+    padfree_peers.check_kernel = lambda query: None  # nothing runs here
+    case = parse_case(case_id)
+    lengths = torch.as_tensor(case.sequence_lengths())
+    padding = torch.arange(case.seq) >= lengths[:, None]
+    dtype = DTYPES[case.dtype]
+    shape = (case.batch, case.seq, case.heads, case.head_dim)
+    query, key, value, d_out = (torch.empty(shape, dtype=dtype).transpose(1, 2) for _ in range(4))
+    inputs = Inputs(case, query, key, value, d_out, padding, lengths)
+    for training in (False, True):
+        prepared = PEERS[name].prepare(inputs, training)
+        out = prepared.forward()
+        if training:
+            torch.autograd.grad(out, prepared.leaves, prepared.d_out)
+
+
+def run_training_step(preset: str, width: int) -> None:
+    """A step of our recipes in bf16 at one width of a batch; 16 reviews specialise a launch as 64 do."""
+    from padfree_bench import train
+    from padfree_bench.models import make_batch
+
+    train.check_padfree = lambda device, dtype: register()
+    train.PRESETS[preset]["dff"] = 32  # no kernel of ours sees it
+    cpu = torch.device("cpu")
+    batch = make_batch([width - 5] * 16, width, cpu, 0)
+    for recipe in train.RECIPES:
+        if recipe.attention == "padfree":
+            train.make_epoch(train.make_model(preset, recipe, cpu), [batch], torch.bfloat16)()
+
+
+def register() -> None:
+    from padfree.integrations.transformers import register
+
+    register()
+
+
+def compile_item(item: Item) -> tuple[list[bool], float]:
+    """(whether the cache had it, of every kernel that the item launches; CPU seconds of this process and its children)."""
+    from triton import knobs
+
+    import padfree.api
+
+    hits: list[bool] = []
+    begin = sum(os.times()[:4])
+
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        hits.append(cache_hit)
+
+    knobs.compilation.listener = listen
+    padfree.api.why_not_device = lambda device: None  # launches are compiled, not run
+    kind, *args = item
+    if kind == "tune":
+        from padfree_bench import tune
+
+        tune.compile_item(json.loads(args[0]))
+    else:
+        with compile_only(ARCH) as compiled:
+            run_item(kind, *args)
+        for each in compiled:
+            build_launcher(each.kernel)
+    return hits, sum(os.times()[:4]) - begin
+
+
+def build_launcher(kernel: Any) -> None:
+    """The C function that hands a kernel its arguments, which Triton 3.6 otherwise compiles at the first launch (0.4 s)."""
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "make_launcher"):
+        return  # from 3.7 on one launcher serves all kernels
+    try:
+        driver.CudaLauncher(kernel.src, kernel.metadata)
+    except (ImportError, AssertionError, OSError):
+        pass  # no libcuda to load it with: the launch will make it, or has it in the cache now
+
+
+def warm(todo: list[Item], jobs: int, quiet: bool = False) -> dict[str, Any]:
+    """Compile the items in `jobs` processes; says what it knows after each, or only at the end if `quiet`."""
+    begin, kernels, failed = time.monotonic(), Counter[str](), list[str]()
+    seconds, done, summary = 0.0, 0, dict[str, Any]()
+    with pool(jobs) as executor:
+        futures = {executor.submit(compile_item, item): item for item in todo}
+        for future in as_completed(futures):
+            done += 1
+            try:
+                hits, taken = future.result()
+                kernels.update("hits" if hit else "compiled" for hit in hits)
+                seconds += taken
+            except Exception as error:  # noqa: BLE001 - the later step will say what is wrong with this call
+                failed.append(
+                    f"{' '.join(futures[future])}: {str(error).splitlines()[0] if str(error) else error!r}"
+                )
+            summary = {
+                "items": done, "of": len(todo), **kernels, "core_seconds": seconds, "jobs": jobs,
+                "seconds": time.monotonic() - begin, "failed": failed,
+            }  # fmt: skip
+            if not quiet or done == len(todo):
+                print(json.dumps(summary), flush=True)
+    return summary
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("part", choices=("smoke", "main", "tuned"))
+    options.add_argument("--some", action="store_true", help="a few of the items, and what all would take")
+    options.add_argument("--jobs", type=int, default=min(16, len(os.sched_getaffinity(0))))
+    options.add_argument("--last", action="store_true", help="print the last line only")
+    chosen = options.parse_args()
+    todo = items(chosen.part)
+    summary = warm(todo[::SOME] if chosen.some else todo, chosen.jobs, chosen.last)
+    if chosen.some and summary.get("compiled"):
+        kernel_seconds = summary["core_seconds"] / summary["compiled"]
+        expected = len(todo) / summary["items"] * (summary["compiled"] + summary.get("hits", 0))
+        print(
+            json.dumps(
+                summary
+                | {
+                    "all_items": len(todo),
+                    "expected_kernels": round(expected),
+                    "seconds_a_kernel": kernel_seconds,
+                }
+            )
+        )
+    return 1 if summary.get("failed") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

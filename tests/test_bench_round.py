@@ -1,0 +1,233 @@
+"""The GPU round: its limits, what an early end leaves, the cache that travels, and checks that can fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import padfree
+from padfree_bench import cli
+from padfree_bench.gpu_round import agreement, checks, driver, steps
+from padfree_bench.gpu_round.steps import OVERHEAD_SECONDS, PART_SECONDS, PARTS, VERSIONS_SECONDS, Round, Step
+from padfree_bench.session import refuse_to_replace
+from test_bench_limits import is_running
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def around(tmp_path: Path) -> Round:
+    return Round(tmp_path, tmp_path / "card", tmp_path / "cache", on_gpu=False)
+
+
+def python(program: str, name: str = "step", seconds: int = 20) -> Step:
+    return Step(name, "", seconds, (sys.executable, "-c", program))
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_limits_of_all_steps_fit_their_part(part: str, on_gpu: bool, tmp_path: Path) -> None:
+    limits = [step.seconds for step in PARTS[part](Round(tmp_path, tmp_path, tmp_path, on_gpu))]
+    assert sum(limits) + VERSIONS_SECONDS + OVERHEAD_SECONDS <= PART_SECONDS[part]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_every_suite_takes_its_command_line(part: str, on_gpu: bool, tmp_path: Path) -> None:
+    suites = [
+        step.command[3:]
+        for step in PARTS[part](Round(tmp_path, tmp_path, tmp_path, on_gpu))
+        if step.command[1:3] == ("-m", "bench") and step.command[3] in cli.SUITES
+    ]
+    assert suites
+    for line in suites:
+        refuse_to_replace(cli.parser().parse_args(line))
+
+
+def test_a_step_past_its_limit_keeps_what_it_had_found(around: Round) -> None:
+    program = "import json, time; print(json.dumps({'cases': 3}), flush=True); time.sleep(60)"
+    outcome = driver.run_step(around, python(program, seconds=6), 100)
+    assert (outcome.status, outcome.details) == (driver.TIMED_OUT, {"cases": 3})
+
+
+def test_a_step_that_fails_says_why_and_never_passes_without_a_gpu(around: Round) -> None:
+    failed = driver.run_step(around, python("import sys; print('dq differs'); sys.exit(1)"), 100)
+    assert failed.status == driver.FAILED and "dq differs" in failed.reason
+    assert driver.run_step(around, python(""), 100).status == driver.REHEARSED
+    asked = Step("graph", "", 9, ("false",), needs_gpu=True)
+    assert driver.run_step(around, asked, 100).status == driver.NOT_RUN
+    assert driver.run_step(around, python(""), 1).reason == "no time left"
+
+
+def test_a_verdict_is_passed_only_on_a_gpu_with_everything_done() -> None:
+    todo = [python("", "one"), python("", "two")]
+    passed, skipped, failed = (driver.Outcome("", status) for status in ("passed", "not run", "failed"))
+    verdict = lambda outcomes, on_gpu=True: driver.verdict_of(outcomes, todo, on_gpu)
+    assert verdict([passed, passed]) == "passed"
+    assert verdict([passed]) == "unfinished"
+    assert verdict([passed, skipped]) == "incomplete"
+    assert verdict([passed, failed]) == verdict([failed], False) == "failed"
+    assert verdict([passed, passed], False) == "rehearsed"
+
+
+ROUND = """
+import sys
+from pathlib import Path
+from padfree_bench.gpu_round import driver, steps
+output = Path(sys.argv[1])
+around = steps.Round(output, output / "card", output / "cache", False)
+quick = steps.Step("quick", "", 20, (sys.executable, "-c", "print(1)"))
+slow = steps.Step("slow", "", 50, (sys.executable, "-c", sys.argv[2]))
+driver.PARTS["smoke"] = lambda _: [quick, slow]
+driver.look_around = lambda _: (around, {"device": "stand-in", "device_type": "cpu"})
+driver.run_part("smoke", output, output / "back.tar.gz", None)
+"""
+GRANDCHILD = (
+    "import os, subprocess, sys; from padfree_bench.processes import die_with_parent;"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], preexec_fn=die_with_parent);"
+    "print(os.getpid(), child.pid, flush=True); child.wait()"
+)
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 30) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("did not happen in time")
+
+
+def test_a_kill_in_the_middle_leaves_whole_files_and_no_children(tmp_path: Path) -> None:
+    paths = os.pathsep.join(str(steps.ROOT / folder) for folder in ("kernels", "model", "bench"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", ROUND, str(tmp_path), GRANDCHILD],
+        env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    log = tmp_path / "card" / "logs" / "slow.log"
+    pids = wait_for(lambda: log.is_file() and log.read_text().split())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    content = json.loads((tmp_path / "card" / "round-smoke.json").read_text())
+    assert [step["name"] for step in content["steps"]] == ["quick"]
+    assert (content["verdict"], content["not_reached"]) == ("unfinished", ["slow"])
+    with tarfile.open(tmp_path / "back.tar.gz") as tar:
+        assert "card/round-smoke.json" in tar.getnames()
+    wait_for(lambda: not any(is_running(int(pid)) for pid in pids))
+
+
+def test_an_unknown_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert driver.main(["--part", "smoke", "--steps", "warm,wram"]) == 2
+    assert "got wram" in capsys.readouterr().err
+
+
+CACHE = """
+import sys
+from pathlib import Path
+from padfree_bench.gpu_round import carry, warm
+if len(sys.argv) > 2:
+    carry.unpack(Path(sys.argv[1]), Path(sys.argv[2]))
+hits, _ = warm.compile_item(("case", sys.argv[-1]))
+print(hits)
+"""
+
+
+def test_a_packed_cache_gives_hits_in_another_folder(tmp_path: Path) -> None:
+    from padfree_bench.gpu_round import carry
+
+    paths = os.pathsep.join(str(steps.ROOT / folder) for folder in ("kernels", "model", "bench"))
+    cases = agreement.all_cases(90)
+    index = str(next(i for i, case in enumerate(cases) if case.name == "one token"))
+
+    def hits(cache: Path, *arguments: str) -> list[bool]:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(cache)}
+        command = [sys.executable, "-c", CACHE, *arguments, index]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        answer: list[bool] = json.loads(done.stdout.lower())
+        return answer
+
+    made = hits(tmp_path / "made")
+    assert made and not any(made)
+    assert carry.pack(tmp_path / "made", tmp_path / "cache.tar.xz")
+    assert hits(tmp_path / "elsewhere", str(tmp_path / "cache.tar.xz"), str(tmp_path / "elsewhere")) == [
+        True
+    ] * len(made)
+
+
+def test_every_row_that_hopper_uses_has_a_case() -> None:
+    from padfree._configs import ANY, TABLE
+
+    for (passname, kind, head_dim), rows in TABLE.items():
+        used = []
+        for row in rows:
+            if (not row.arch or 90 in row.arch) and (not used or used[-1].max_length < ANY):
+                used.append(row)
+        for row in used:
+            dtypes = agreement.DTYPES[kind]
+            named = [
+                case for case in agreement.table_cases(90)
+                if case.name.startswith(passname) and case.head_dim == head_dim and case.dtype in dtypes
+                and case.name.endswith(f" {tuple(row.config)}")
+            ]  # fmt: skip
+            assert len(named) >= len(dtypes), (passname, kind, head_dim, row.config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one token",
+        "packed, D 8",
+        "one qkv buffer, D 8",
+        "padding holes, skipped, float32 D 32",
+        "dropout, D 8",
+    ],
+)
+def test_agreement_passes_the_right_answer_and_no_wrong_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in agreement.all_cases(90) if case.name == name)
+    agreement.check_case(case, CPU, "reference")
+    right = agreement.FORMS[case.form]
+
+    def off(*tensors: Any, **options: Any) -> Any:
+        result = right(*tensors, **options)
+        return (result[0] * 1.02, result[1]) if isinstance(result, tuple) else result * 1.02
+
+    monkeypatch.setitem(agreement.FORMS, case.form, off)
+    with pytest.raises(AssertionError, match="exceeds"):
+        agreement.check_case(case, CPU, "reference")
+
+
+def test_agreement_sees_padding_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaky(query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        out, lse = padfree.attention(query, key, value, mask, **options)
+        return out + 0 * value.mean(2, keepdim=True), lse
+
+    monkeypatch.setitem(agreement.FORMS, "padded", leaky)
+    case = next(case for case in agreement.all_cases(90) if case.name == "padding right, float32 D 32")
+    with pytest.raises(AssertionError, match="changes with NaN in padding"):
+        agreement.check_case(case, CPU, "reference")
+
+
+def test_repeats_see_one_changed_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.check_repeats(CPU) == []
+    calls = iter(range(100))
+    right = padfree.attention
+
+    def sometimes(*tensors: Any, **options: Any) -> Any:
+        out, lse = right(*tensors, **options)
+        return (out.nextafter(out.new_tensor(2.0)) if next(calls) == 2 else out), lse
+
+    monkeypatch.setattr(checks, "attention", sometimes)
+    assert [line.split(":")[0] for line in checks.check_repeats(CPU)] == ["H12 D64 launched"]

@@ -1,0 +1,363 @@
+"""One run after another: none replaces what is not its own, and a kill takes no more than what was in flight."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from padfree_bench import attention, cli, machine, plots, readme, report
+from padfree_bench.cases import Case, parse_case
+from padfree_bench.ceilings import Ceilings
+from padfree_bench.compare import lost, main
+from padfree_bench.inputs import make_inputs
+from padfree_bench.peers import PEERS, Peer
+from padfree_bench.peers.base import Prepared, Refused
+from padfree_bench.results import (
+    FAULT,
+    OK,
+    SECOND_WAVE,
+    UPPER_BOUND,
+    Result,
+    Row,
+    load,
+    markdown,
+    save,
+)
+from padfree_bench.session import terminal_table
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+SHAPES = "B1-H1-D8-S16,B1-H1-D8-S24"
+QUICK = ["attention", "--quick", "--shapes", SHAPES, "--directions", "forward"]
+HEADLINE = "B64-H4-D8-S400-imdb-bf16"
+
+
+def result_of(device: str, started: str, rows: list[Row] | None = None, quick: bool = False) -> Result:
+    environment = {
+        "device": device,
+        "device_type": "cuda",
+        "started": started,
+        "versions": {"torch": "2", "triton": "3"},
+        "command": "python -m bench attention",
+        "commit": "d" * 40,
+    }
+    return Result("attention", environment, rows or [a_row("sdpa", 1.0)], quick=quick)
+
+
+def a_row(peer: str, ms: float, graph: float | None = None, **other: Any) -> Row:
+    row = Row("attention", HEADLINE, "imdb", "forward", peer, OK, ms_p20=ms, ms_p50=ms, ms_p80=ms)
+    return replace(row, graph_p20=graph, graph_ms=graph, graph_p80=graph, **other)
+
+
+class TestFaults:
+    def rows(self) -> list[Row]:
+        fault = replace(
+            a_row("sdpa-cudnn", 0.001), status=FAULT, reason="faster than its floor of 1 ms (bytes)"
+        )
+        return [a_row("padfree", 1.0), a_row("sdpa", 2.0), fault]
+
+    def test_a_fault_is_loud_wherever_it_is_shown(self) -> None:
+        result = result_of("GPU", "now", self.rows())
+        for text in (markdown(result), terminal_table(result)):
+            assert "FAULT 0.001 [0.001, 0.001]" in text and "FAULT: 1 figures are faster" in text
+        assert "faster than its floor of 1 ms" in terminal_table(result)
+        from padfree_bench.page import render
+
+        page = render([("gpu", result)], {})
+        assert "<tr class='fault'>" in page and "FAULT: 1 figures" in page
+
+    def test_a_fault_is_neither_the_best_of_the_others_nor_ours_nor_drawn(self) -> None:
+        result = result_of("GPU", "now", self.rows())
+        assert "| sdpa 2 ms | sdpa 2 ms | **padfree 1 ms**" in readme.table([("gpu", result)])
+        assert "sdpa-cudnn" not in readme.table([("gpu", result)])
+        result.rows[0].status = FAULT
+        assert readme.HEAD not in readme.table([("gpu", result)])
+
+    def test_a_picture_leaves_out_faults_and_anchors(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn: list[list[str]] = []
+
+        def save_figure(figure: Any, stem: Path) -> Path:
+            drawn.append([label.get_text() for label in figure.axes[0].get_yticklabels()])
+            return stem
+
+        monkeypatch.setattr(plots, "_save", save_figure)
+        rows = [*self.rows(), a_row("sdpa" + SECOND_WAVE, 1.0, wave=2), a_row("flex", 1.0, wave=2)]
+        rows = [replace(row, direction="step") for row in rows]
+        plots.draw_all(result_of("GPU", "now", rows), tmp_path)
+        assert drawn == [["padfree", "sdpa", "flex"]]
+
+    def test_a_figure_that_became_a_fault_is_lost(self, tmp_path: Path) -> None:
+        good = save(result_of("GPU", "now", [a_row("sdpa", 2.0), a_row("sdpa-cudnn", 1.0)]), tmp_path / "a")
+        bad = save(result_of("GPU", "now", self.rows()), tmp_path / "b")
+        assert main([str(good), str(bad)]) == 1
+
+    def test_the_suite_saves_all_and_ends_with_status_1(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        slow = Ceilings(1.0, {"fp32": 1.0}, 1.0)
+        for module in ("session", "attention"):
+            monkeypatch.setattr(f"padfree_bench.{module}.measure_ceilings", lambda *_: slow)
+        assert cli.main([*QUICK, "--peers", "sdpa", "--output", str(tmp_path)]) == 1
+        assert "FAULT: 2 figures" in capsys.readouterr().err
+        result = load(next(tmp_path.glob("*/attention.json")))
+        assert [row.status for row in result.rows] == [FAULT, FAULT]
+
+
+class TestFolders:
+    @pytest.mark.parametrize(
+        ("name", "slug"),
+        [
+            ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
+            ("NVIDIA H200", "h200"),
+            ("CPU, 2 cores", "cpu-2-cores"),
+        ],
+    )
+    def test_every_card_has_a_folder_of_its_own(
+        self, name: str, slug: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "device_name", lambda device: name)
+        assert machine.device_slug(CPU) == slug
+
+    def test_the_suite_writes_into_its_own_cards(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+            monkeypatch.setattr(machine, "device_name", lambda device, name=name: name)
+            assert cli.main([*QUICK, "--peers", "sdpa", "--output", str(tmp_path)]) == 0
+        found = {path.parent.name: load(path).device for path in tmp_path.glob("*/attention.json")}
+        assert found == {"h100-80gb-hbm3-quick": "NVIDIA H100 80GB HBM3", "h200-quick": "NVIDIA H200"}
+
+    def test_figures_of_another_card_are_not_replaced(self, tmp_path: Path) -> None:
+        path = save(result_of("NVIDIA H100", "now"), tmp_path)
+        before = path.read_text()
+        with pytest.raises(ValueError, match="holds figures of NVIDIA H100, these are of NVIDIA H200"):
+            save(result_of("NVIDIA H200", "later"), tmp_path)
+        assert path.read_text() == before
+
+
+class TestEarlierRuns:
+    FIRST, SECOND = "2026-11-26T01:12:03+00:00", "2026-11-27T08:00:00+00:00"
+
+    def test_a_second_run_keeps_the_first_and_its_own_later_saves_keep_nothing(self, tmp_path: Path) -> None:
+        folder = tmp_path / "h200"
+        first, second = result_of("GPU", self.FIRST), result_of("GPU", self.SECOND, [a_row("sdpa", 3.0)])
+        for result in (first, first, second, second):
+            save(result, folder)
+        (kept,) = folder.glob("earlier/*")
+        assert kept.name == "2026-11-26T01-12-03-attention.json" and load(kept) == first
+        assert load(folder / "attention.json") == second
+        assert [result for _, result in report.collect(tmp_path)] == [second]
+        assert main([str(kept), str(folder / "attention.json")]) == 1
+
+    def test_a_quick_run_keeps_nothing(self, tmp_path: Path) -> None:
+        for started in (self.FIRST, self.SECOND):
+            save(result_of("GPU", started, quick=True), tmp_path)
+        assert not (tmp_path / "earlier").exists()
+
+    def test_a_file_that_nobody_can_read_is_kept_too(self, tmp_path: Path) -> None:
+        (tmp_path / "attention.json").write_text('{"suite": "atten')
+        save(result_of("GPU", self.FIRST), tmp_path)
+        assert (tmp_path / "earlier" / "unknown-attention.json").read_text() == '{"suite": "atten'
+
+
+class TestSeeds:
+    def drawn(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[list[int], int]:
+        """(seeds that the inputs were drawn with, the one in the file)."""
+        seeds: list[int] = []
+
+        def recorded(case: Case, device: Any, seed: int = 0) -> Any:
+            seeds.append(seed)
+            return make_inputs(case, device, seed)
+
+        monkeypatch.setattr(attention, "make_inputs", recorded)
+        assert cli.main([*QUICK, "--peers", "sdpa", "--output", str(tmp_path), *options]) == 0
+        return seeds, load(next(tmp_path.glob("*/attention.json"))).environment["seed"]
+
+    def test_each_run_draws_its_own_and_notes_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runs = [self.drawn(tmp_path / name, monkeypatch) for name in "abc"]
+        for seeds, noted in runs:
+            assert seeds == [noted, noted]
+        assert len({noted for _, noted in runs}) > 1
+
+    def test_a_run_repeats_with_the_seed_of_another(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.drawn(tmp_path, monkeypatch, "--seed", "5") == ([5, 5], 5)
+
+    def test_another_seed_draws_other_inputs(self) -> None:
+        case = parse_case("B1-H1-D8-S16")
+        one, same, other = (make_inputs(case, CPU, seed).query for seed in (1, 1, 2))
+        assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def slow_peer(order: list[str], refuses: bool = False) -> Peer:
+    def prepare(inputs: Any, training: bool) -> Prepared:
+        order.append(f"compile {inputs.case.seq}")
+        if refuses:
+            raise Refused("needs a compiler")
+        return PEERS["sdpa"].prepare(inputs, training)
+
+    return Peer("slow", prepare, "", slow_to_compile=True)
+
+
+class TestWaves:
+    def run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool = False
+    ) -> tuple[list[str], Result]:
+        """(what was saved and compiled in order, the file) of eager, sdpa and a peer that compiles."""
+        order: list[str] = []
+        peers = [slow_peer(order, refuses), PEERS["eager"], PEERS["sdpa"]]
+        monkeypatch.setattr(attention, "choose_peers", lambda names: peers)
+        real = save
+
+        def recorded(result: Result, folder: Path) -> Path:
+            order.append(f"save {len(result.rows)}")
+            return real(result, folder)
+
+        monkeypatch.setattr("padfree_bench.session.save", recorded)
+        arguments = [*QUICK[:-1], "forward,both", "--peers", "slow,eager,sdpa", "--output", str(tmp_path)]
+        assert cli.main(arguments) == 0
+        return order, load(next(tmp_path.glob("*/attention.json")))
+
+    def test_what_compiles_waits_until_all_others_are_saved(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        order, result = self.run(tmp_path, monkeypatch)
+        assert order[:5] == ["save 2", "save 4", "save 6", "save 8", "compile 16"]
+        slow = [row for row in result.rows if row.wave == 2]
+        assert [row.peer for row in slow] == ["sdpa" + SECOND_WAVE, "slow"] * 4
+        assert all(row.status == OK and row.timed for row in result.rows)
+
+    def test_nothing_is_timed_again_for_a_peer_that_does_not_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, result = self.run(tmp_path, monkeypatch, refuses=True)
+        assert [(row.peer, row.reason) for row in result.rows if row.wave == 2] == [
+            ("slow", "needs a compiler")
+        ] * 4
+
+    def test_readme_holds_a_slow_peer_against_ours_of_its_own_wave(self) -> None:
+        rows = [
+            a_row("padfree", 1.0),
+            a_row("sdpa", 3.0),
+            a_row("padfree" + SECOND_WAVE, 2.0, wave=2),
+            a_row("flex", 3.2, wave=2),
+        ]
+        table = readme.table([("gpu", result_of("GPU", "now", rows))])
+        assert "| sdpa 3 ms | flex 3.2 ms | **padfree 1 ms** [1, 1] | 3.00x | 1.60x |" in table
+        del rows[2]
+        assert "flex" not in readme.table([("gpu", result_of("GPU", "now", rows))])
+
+    def test_a_second_wave_that_was_not_reached_is_not_lost(self) -> None:
+        before = result_of("GPU", "now", [a_row("sdpa", 1.0), a_row("flex", 1.0, wave=2)])
+        after = result_of("GPU", "now", [a_row("sdpa", 1.0)])
+        after.not_reached = [HEADLINE + SECOND_WAVE]
+        assert lost(before, after) == ([], [f"{HEADLINE} forward flex"])
+        after.not_reached = []
+        assert len(lost(before, after)[0]) == 1
+
+    def test_a_kill_in_the_second_direction_leaves_the_first(self, tmp_path: Path) -> None:
+        program = f"""
+import os, signal, sys
+from padfree_bench import attention, cli
+real = attention.run_direction
+def run_direction(suite, direction, *rest):
+    if direction == "both":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(suite, direction, *rest)
+attention.run_direction = run_direction
+cli.main(["attention", "--quick", "--shapes", "B1-H1-D8-S16", "--peers", "sdpa", "--output", {str(tmp_path)!r}])
+"""
+        paths = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "model", "bench"))
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": paths},
+            check=False,
+            capture_output=True,
+        )
+        assert done.returncode == -signal.SIGKILL
+        result = load(next(tmp_path.glob("*/attention.json")))
+        assert [row.direction for row in result.rows] == ["forward", "backward"]
+
+
+class TestGraphsInReadme:
+    def test_ratios_are_of_graph_to_graph_where_both_have_one(self) -> None:
+        rows = [a_row("padfree", 0.02, 0.01), a_row("sdpa", 0.06, 0.05), a_row("eager", 0.03)]
+        table = readme.table([("gpu", result_of("GPU", "now", rows))])
+        assert "| sdpa 0.06 ms, graph 0.05 | eager 0.03 ms |" in table
+        assert "**padfree 0.02 ms** [0.02, 0.02], graph **0.01** [0.01, 0.01] | 5.00x | 1.50x |" in table
+        assert "cold L2" in table and "graph to graph" in table
+
+    def test_an_upper_bound_stays_out(self) -> None:
+        rows = [a_row("padfree", 1.0), a_row("sdpa", 2.0), replace(a_row("flash", 0.5), status=UPPER_BOUND)]
+        assert "flash" not in readme.table([("gpu", result_of("GPU", "now", rows))])
+
+
+class TestCommit:
+    @pytest.fixture(autouse=True)
+    def without_git(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("PADFREE_COMMIT", raising=False)
+        monkeypatch.setattr(machine, "_output", lambda *command: None)
+        monkeypatch.setattr(machine, "CARRIED_COMMIT", tmp_path / "commit")
+
+    def test_a_copy_without_history_reads_the_file_that_came_along(self) -> None:
+        machine.CARRIED_COMMIT.write_text(json.dumps({"commit": "a" * 40, "clean": True}))
+        environment = machine.environment(CPU, ["attention"])
+        assert (environment["commit"], environment["commit_is_clean"]) == ("a" * 40, True)
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"commit": "a"}'])
+    def test_a_file_that_says_nothing_is_no_commit(self, text: str) -> None:
+        assert machine.commit() == (None, None)
+        machine.CARRIED_COMMIT.write_text(text)
+        assert machine.commit() == (None, None)
+
+    def test_git_knows_better_than_a_file_from_yesterday(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine.CARRIED_COMMIT.write_text(json.dumps({"commit": "a" * 40, "clean": True}))
+        answers = {"status": " M x", "rev-parse": "b" * 40}
+        monkeypatch.setattr(machine, "_output", lambda *command: answers[command[1]])
+        assert machine.commit() == ("b" * 40, False)
+        monkeypatch.setenv("PADFREE_COMMIT", "c" * 40)
+        assert machine.commit()[0] == "c" * 40
+
+
+@pytest.mark.parametrize("options", [[], ["--no-pictures"]])
+def test_pictures_may_wait_for_the_report(options: list[str], tmp_path: Path) -> None:
+    arguments = [
+        "attention",
+        "--quick",
+        "--peers",
+        "sdpa",
+        "--directions",
+        "forward",
+        "--output",
+        str(tmp_path),
+    ]
+    assert cli.main([*arguments, "--shapes", "B1-H1-D8-S16", *options]) == 0
+    assert any(tmp_path.glob("*/plots")) == (not options)
+
+
+def test_what_does_not_fit_costs_its_case_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compute_truth(inputs: Any) -> Any:
+        if inputs.case.seq == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(inputs)
+
+    real = attention.compute_truth
+    monkeypatch.setattr(attention, "compute_truth", compute_truth)
+    assert cli.main([*QUICK, "--peers", "sdpa", "--output", str(tmp_path)]) == 0
+    result = load(next(tmp_path.glob("*/attention.json")))
+    assert [row.seq for row in result.rows] == [24] and len(result.not_reached) == 1
+    assert "out of memory, the next case may fit" in capsys.readouterr().err
