@@ -82,10 +82,10 @@ def offers(asked: list[Question], path: Path = CANDIDATES) -> dict[Question, lis
     return offered
 
 
-def warm_calls(cases: str = HEADLINE, passes: str = ",".join(PASSES), path: Path = CANDIDATES) -> list[Item]:
+def warm_items(cases: str = HEADLINE, passes: str = ",".join(PASSES), path: Path = CANDIDATES) -> list[Item]:
     """What `compile_item` takes, in any process and without a GPU, so that a run here compiles nothing."""
     offered = offers(questions(cases, passes), path)
-    return [(question, row["config"]) for question, rows in offered.items() for row in rows]
+    return [question.item(row["config"]) for question, rows in offered.items() for row in rows]
 
 
 @contextmanager
@@ -163,8 +163,8 @@ def decide(question: Question, rows: list[Found], on_gpu: bool) -> Found:
     }  # fmt: skip
 
 
-def apply_rows(path: Path) -> int:
-    """Put the rows that a GPU run accepted first in this process's table, for sequences as short; how many."""
+def apply_rows(path: Path) -> list[Found]:
+    """Put the rows that a GPU run accepted first in this process's table, for sequences as short; returns them."""
     try:
         accepted = [answer for answer in json.loads(path.read_text())["answers"] if answer["accepted"]]
         for a in reversed(accepted):
@@ -173,7 +173,7 @@ def apply_rows(path: Path) -> int:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read tuned rows from {path}: {error}") from None
     _configs._choose.cache_clear()
-    return len(accepted)
+    return accepted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -217,12 +217,15 @@ def main(argv: list[str]) -> int:
 
 
 def compile_beforehand(offered: dict[Question, list[Found]], jobs: int, deadline: float) -> None:
-    """Fill Triton's cache side by side, before this process touches the GPU; quick where it is full already."""
-    rows = {(question, row["config"]): row for question, found in offered.items() for row in found}
-    for item, outcome in in_children(compile_item, list(rows), jobs):
-        rows[item].update(outcome)
-        if time.monotonic() > deadline:
-            break
+    """Fill Triton's cache side by side, before this process touches the GPU; quick where it is full already.
+
+    Half of the time is for timing: what is not compiled by then is left out, so that none stalls the run.
+    """
+    until = (time.monotonic() + deadline) / 2
+    rows = {question.item(row["config"]): row for question, found in offered.items() for row in found}
+    outcomes = dict(in_children(compile_item, list(rows), jobs, until=until))
+    for item, row in rows.items():
+        row.update(outcomes.get(item, {"refused": "not compiled in half of the time given"}))
 
 
 def answer(

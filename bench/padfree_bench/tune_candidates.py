@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -31,7 +31,7 @@ from padfree._launch import OPEN, Call
 from padfree._query_gradient import launch_query_gradient
 from padfree_bench.aot import SHARED_LIMIT, Compiled, compile_only
 from padfree_bench.aot_calls import KERNELS
-from padfree_bench.cases import DTYPES, Case
+from padfree_bench.cases import DTYPES, Case, parse_case
 from padfree_bench.cost_model import costs_of, occupancy, predict
 from padfree_bench.inputs import Inputs
 
@@ -71,6 +71,9 @@ class Question:
         rows = _configs.TABLE[self.key]
         return next(r for r in rows if self.case.seq <= r.max_length and (not r.arch or ARCH in r.arch))
 
+    def item(self, config: Config) -> "Item":
+        return self.passname, self.case.id, config
+
     def configs(self) -> list[Config]:
         """The current row's first, then whatever the screening compiles beside it."""
         order = -1 if self.passname == "key_gradient" else 1
@@ -78,7 +81,8 @@ class Question:
         return list(dict.fromkeys([self.row.config, *options]))
 
 
-Item = tuple[Question, Config]
+# A pass, a case's name and a configuration: what a process can be sent, through JSON too.
+Item = tuple[str, str, Config]
 
 
 class Work:
@@ -117,25 +121,26 @@ def shapes_of(case: Case) -> Inputs:
     return Inputs(case, query, key, value, d_out, padding, padding.new_empty(case.batch, dtype=torch.int64))
 
 
-def compile_candidate(item: Item) -> Compiled:
+def compile_candidate(passname: str, case: Case, config: Config) -> Compiled:
     """Compile exactly what a GPU run of `tune` launches, into Triton's cache on disk; no GPU is touched."""
-    question, config = item
     with compile_only(ARCH, ()):
-        work = Work(shapes_of(question.case))
-    with compile_only(ARCH, KERNELS[question.passname]) as compiled:
-        work.launch(question.passname, config)
+        work = Work(shapes_of(case))
+    with compile_only(ARCH, KERNELS[passname]) as compiled:
+        work.launch(passname, config)
     return compiled[0]
 
 
-def compile_item(item: Item) -> Found:
-    """The same for a pool of processes: only the cache keeps the kernel."""
-    compile_candidate(item)
+def compile_item(item: Sequence[Any]) -> Found:
+    """The same for a process, of an `Item` or what JSON makes of it: only the cache keeps the kernel."""
+    passname, case, config = item
+    compile_candidate(passname, parse_case(case), Config(*config))
     return {}
 
 
 def examine(item: Item) -> Found:
     """Compile a candidate and read it: registers, shared bytes, predicted µs, and why no GPU should time it."""
-    case, compiled = item[0].case, compile_candidate(item)
+    case = parse_case(item[1])
+    compiled = compile_candidate(item[0], case, item[2])
     usage, shared = compiled.resources, compiled.shared_bytes
     costs = costs_of(compiled)
     faults = {
@@ -201,15 +206,19 @@ def first_line(error: Exception) -> str:
 
 
 def in_children(
-    function: Callable[[Item], Found], items: list[Item], jobs: int, seconds: int = COMPILE_SECONDS
+    function: Callable[[Item], Found],
+    items: list[Item],
+    jobs: int,
+    seconds: int = COMPILE_SECONDS,
+    until: float = float("inf"),
 ) -> Iterator[tuple[Item, Found]]:
-    """function(item) of every item, `jobs` at a time, in a process each; as they end."""
+    """function(item) of every item, `jobs` at a time, in a process each; as they end, and none that ends after `until`."""
     # What a first compilation costs beside compiling is paid once here, and children inherit it.
     triton_key()
     torch.empty_like(torch.empty(0, device="meta"))
     waiting, running = items[::-1], list[Child]()
     try:
-        while waiting or running:
+        while (waiting or running) and time.monotonic() < until:
             while waiting and len(running) < jobs:
                 running.append(Child(function, waiting.pop(), seconds))
             for child in list(running):
@@ -246,8 +255,8 @@ def screen(asked: list[Question], path: Path, jobs: int) -> None:
     rows: list[Found] = []
     for question in asked:
         found: list[Found] = []
-        items = [(question, config) for config in question.configs()]
-        for (_, config), outcome in in_children(examine, items, jobs):
+        items = [question.item(config) for config in question.configs()]
+        for (*_, config), outcome in in_children(examine, items, jobs):
             found.append({"pass": question.passname, "case": question.case.id, "config": config, **outcome})
             if reason := outcome.get("refused"):
                 print(f"{question} {tuple(config)}: {reason}", file=sys.stderr, flush=True)
