@@ -4,6 +4,7 @@ import faulthandler
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +138,40 @@ def test_a_compiler_that_crashes_stalls_or_raises_is_one_line(capfd: pytest.Capt
         "good": {"registers": 32},
     }
     assert time.monotonic() - begin < 30 and capfd.readouterr().err == ""
+
+
+KILLED = """
+import os, sys, time
+from padfree_bench.tune_candidates import in_children
+
+def sleep(path):
+    open(path + ".new", "w").write(str(os.getpid()))
+    os.rename(path + ".new", path)
+    time.sleep(60)
+
+list(in_children(sleep, sys.argv[1:], jobs=1))
+"""
+
+
+def test_a_run_that_is_killed_leaves_no_compiler_beside_the_next_one(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT / 'bench'}"}
+    path = tmp_path / "pid"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], env=environment)
+    try:
+        until = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        child = int(path.read_text())
+    finally:
+        process.kill()
+        process.wait()
+    for _ in range(50):
+        status = Path(f"/proc/{child}/stat")
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the compiler outlived its parent")
 
 
 @pytest.fixture

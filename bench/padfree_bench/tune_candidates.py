@@ -34,6 +34,7 @@ from padfree_bench.aot_calls import KERNELS
 from padfree_bench.cases import DTYPES, Case, parse_case
 from padfree_bench.cost_model import costs_of, occupancy, predict
 from padfree_bench.inputs import Inputs
+from padfree_bench.processes import die_with_parent
 
 ARCH = 90
 PASSES = ("forward", "query_gradient", "key_gradient")
@@ -172,6 +173,7 @@ class Child:
 
     def _run(self, end: Any, function: Callable[[Item], Found], seconds: int) -> None:
         os.setsid()
+        die_with_parent()
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
