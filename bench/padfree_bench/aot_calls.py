@@ -5,14 +5,13 @@ of any length costs nothing.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from padfree import _configs, _op
-from padfree._configs import Config, Row
+from padfree._configs import Row
 from padfree._launch import OPEN, Call, heads_last
 from padfree_bench.aot import Arch, Compiled, arch_number, compile_only
 
@@ -140,20 +139,6 @@ def compile_target(target: Target) -> list[Compiled]:
         _op._forward(*arguments)
         _op._backward(*saved, *arguments, ROADS[target.road].attn_mask == "bias")
     return compiled
-
-
-@contextmanager
-def only_config(passname: str, kind: str, head_dim: int, config: Config) -> Iterator[None]:
-    """Make this the table's one row for its key, to try a candidate through the library's own launchers."""
-    key = (passname, kind, head_dim)
-    rows = _configs.TABLE[key]
-    _configs.TABLE[key] = [Row(config, "candidate")]
-    _configs._choose.cache_clear()
-    try:
-        yield
-    finally:
-        _configs.TABLE[key] = rows
-        _configs._choose.cache_clear()
 
 
 def table_targets(archs: tuple[Arch, ...], roads: tuple[str, ...] = ("padded",)) -> Iterator[Target]:
