@@ -4,7 +4,7 @@ import os
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ except ModuleNotFoundError:
     # a GPU machine may lack it; everything but test_properties.py runs without
     hypothesis = None
 
+STANDIN_GPU = os.environ.get("PADFREE_STANDIN_GPU") == "1"
 if not torch.cuda.is_available():
     # before any module decorates a kernel
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,7 +25,7 @@ ROTATING_SEED = int(os.environ.setdefault("PADFREE_SEED", str(random.SystemRando
 SEEDS = (0, 1, 2, 3, 4, ROTATING_SEED)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-pytest_plugins = ["sanitizer.plugin", "tiny_runs"]
+pytest_plugins = ["sanitizer.plugin", "standin_gpu", "tiny_runs"]
 
 if hypothesis is not None:
     hypothesis.settings.register_profile(
@@ -78,7 +79,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the kernels run: the GPU, or the CPU under Triton's interpreter."""
+    if STANDIN_GPU:
+        return torch.device("meta")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
+    """Tests that call the kernel by name make their tensors where it runs; the others are handed `device`."""
+    if {"KERNEL", "kernel_results"} & set(vars(request.module)):
+        with device:
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())

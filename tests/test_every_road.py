@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import padfree
+from drawn import chosen, normal
 from known_bugs import KERNEL, assert_same_bits, fill_padding, kernel_results
 from padfree.testing import (
     Inputs,
@@ -22,12 +24,8 @@ from padfree.testing import (
 HALF = torch.float16
 
 
-def noise(*shape: int, seed: int = 9) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def hidden(*shape: int, share: float = 0.3) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(8)) < share
+noise = partial(normal, seed=9)
+hidden = partial(chosen, share=0.3, seed=8)
 
 
 ROADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drawn import chosen
 from known_bugs import KERNEL, assert_same_bits, fill_padding, kernel_results, sample
 from padfree.testing import Inputs, assert_matches_reference, make_inputs
 from sanitizer import poison_empty
@@ -123,7 +124,7 @@ def test_an_additive_mask_of_minus_infinity_means_what_a_bool_mask_does(padding:
     Not bit for bit: adding a bias spends the multiply-add that a bool mask leaves to the exponent.
     """
     inputs = make_inputs(2, 2, 19, 37, 16, padding=padding)
-    hidden = torch.rand(2, 1, 19, 37, generator=torch.Generator().manual_seed(3)) < 0.4
+    hidden = chosen(2, 1, 19, 37, share=0.4, seed=3)
     additive = torch.zeros(2, 1, 19, 37).masked_fill(hidden, -INF)
     for mask in (hidden, additive):
         assert_matches_reference(KERNEL, replace(inputs, attn_mask=mask))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import padfree
+from drawn import chosen, normal
 from known_bugs import KERNEL, assert_same_bits, kernel_results
 from padfree import _op
 from padfree._configs import TABLE
@@ -33,7 +34,7 @@ def test_the_tail_of_a_tile_adds_nothing_to_a_gradient(length: int) -> None:
 @pytest.mark.parametrize(("queries", "keys"), [(70, 33), (5, 100), (129, 7)])
 def test_lengths_need_be_no_multiple_of_a_tile(queries: int, keys: int) -> None:
     """torch#153799, torch#136232, torch#141126: NaN or wrong blocks unless S was a multiple of 128."""
-    mask = torch.rand(queries, keys, generator=torch.Generator().manual_seed(2)) < 0.3
+    mask = chosen(queries, keys, share=0.3, seed=2)
     mask[:, 0] = False
     assert_matches_reference(
         KERNEL,
@@ -149,9 +150,7 @@ def test_any_strides_of_the_incoming_gradient_give_the_same_bits(view: Callable[
 @pytest.mark.parametrize("mask_view", ["expanded", "strided", "sliced", "transposed"])
 def test_any_strides_of_the_masks_give_the_same_bits(mask_view: str) -> None:
     """torch#191937: a mask's strides were taken for those of a contiguous one."""
-    generator = torch.Generator().manual_seed(4)
-    padding = torch.rand(3, 19, generator=generator) < 0.3
-    mask = torch.randn(3, 2, 11, 19, generator=generator)
+    padding, mask = chosen(3, 19, share=0.3, seed=4), normal(3, 2, 11, 19, seed=5)
     views: dict[str, tuple[Tensor, Tensor]] = {
         "expanded": (padding[:1].expand(3, 19), mask[:, :1, :, :1].expand(3, 2, 11, 19)),
         "strided": (padding.repeat_interleave(2, 1)[:, ::2], mask.repeat_interleave(2, 3)[..., ::2]),
@@ -202,7 +201,7 @@ def test_mixed_dtypes_are_refused_and_autocast_works() -> None:
     with pytest.raises(TypeError, match="key must have query's dtype torch.float16, got torch.float32"):
         KERNEL(inputs.query.half(), inputs.key, inputs.value)
     project = torch.nn.Linear(16, 48)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(inputs.query.device.type, torch.bfloat16):
         query, key, value = project(torch.randn(2, 7, 16)).unflatten(-1, (3, 1, 16)).permute(2, 0, 3, 1, 4)
         out = KERNEL(query, key, value)
     out.float().sum().backward()

@@ -14,9 +14,11 @@ import torch
 import triton
 
 import padfree
+from drawn import normal
 from known_bugs import KERNEL, assert_same_bits, kernel_results
 from padfree import _attn_mask_gradient, _forward, _key_gradient, _launch, _query_gradient, _single_query
 from padfree._configs import TABLE, choose
+from padfree.api import why_not_interpreter
 from padfree.testing import assert_matches_reference, assert_within_reference_error, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,7 +219,7 @@ def test_only_known_good_compiler_versions_are_installed() -> None:
 @pytest.mark.parametrize("fault", ["nan", "inf", "shape", "dtype", "nan truth", "one wrong row"])
 def test_the_comparator_rejects_what_passed_elsewhere_by_accident(fault: str) -> None:
     """triton#9230, cubecl#1070: a NaN reference accepted anything, and a mean hid one wrong row."""
-    truth = torch.randn(64, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth = normal(64, 16, seed=0, dtype=torch.float64)
     low = truth.float()
     actual = low.clone()
     assert_within_reference_error(actual, low, truth)
@@ -285,3 +287,23 @@ def test_padfree_exports_what_its_documentation_names() -> None:
 
     for name in ("attention", "reference", "attention_qkvpacked", "attention_weights"):
         assert "key_padding_mask" in inspect.signature(getattr(padfree, name)).parameters
+
+
+@pytest.mark.parametrize(
+    ("triton_release", "numpy_release", "refused"),
+    [("3.6.0", "2.5.2", True), ("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.5.2", False)],
+)
+def test_an_interpreter_that_its_numpy_breaks_is_refused_in_one_line(
+    triton_release: str, numpy_release: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """triton 3.6.0 with NumPy 2.4: "only 0-dimensional arrays can be converted to Python scalars", from deep inside."""
+    releases = {"triton": triton_release, "numpy": numpy_release}
+    monkeypatch.setattr(padfree.api, "version", releases.__getitem__)
+    reason = why_not_interpreter.__wrapped__()  # what it finds out anew
+    assert (reason is not None) == refused
+    assert reason is None or reason.endswith("use NumPy < 2.4 or Triton 3.7")
+    monkeypatch.setattr(padfree.api, "why_not_interpreter", lambda: reason)
+    query = torch.zeros(1, 1, 3, 8, device="cpu")
+    if reason is not None:
+        with pytest.raises(RuntimeError, match=f"Triton {triton_release}'s interpreter does not work with NumPy"):
+            padfree.attention(query, query, query, impl="triton")

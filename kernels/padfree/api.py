@@ -3,6 +3,8 @@
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
 from typing import Literal
 
 import torch
@@ -150,4 +152,18 @@ def why_not_device(device: torch.device | str) -> str | None:
         return f"no kernel for device type {device.type!r}"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "no GPU: set TRITON_INTERPRET=1 to run it in Triton's interpreter"
+    return why_not_interpreter()
+
+
+@cache
+def why_not_interpreter() -> str | None:
+    """Why Triton's interpreter fails with the NumPy that is installed, or None where it does not."""
+    triton, numpy = version("triton"), version("numpy")
+    # Triton 3.6 makes an int of an array with one element, which NumPy 2.4 no longer allows.
+    if _major_minor(triton) < (3, 7) and _major_minor(numpy) >= (2, 4):
+        return f"Triton {triton}'s interpreter does not work with NumPy {numpy}: use NumPy < 2.4 or Triton 3.7"
     return None
+
+
+def _major_minor(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split(".")[:2])

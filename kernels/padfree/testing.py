@@ -97,13 +97,17 @@ def make_inputs(
     magnitude: float = 1.0,
     lse_gradient: bool = False,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Inputs:
-    """Normal random inputs, the same on every device. `magnitude` scales query and key, `padding` names a pattern."""
-    generator = torch.Generator().manual_seed(seed)
+    """Normal random inputs, the same on every device: torch's default one where None is named.
+
+    `magnitude` scales query and key, `padding` names a pattern.
+    """
+    device = torch.get_default_device() if device is None else device
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal(*shape: int, factor: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * factor).to(device, dtype)
+        return (torch.randn(shape, generator=generator, device="cpu") * factor).to(device, dtype)
 
     kv_shape = (batch, heads if kv_heads is None else kv_heads, keys, head_dim)
     mask = padding_mask(padding, batch, keys, generator=generator)
@@ -126,6 +130,11 @@ def padding_mask(pattern: str, batch: int, keys: int, *, generator: torch.Genera
         raise ValueError(f"padding must be one of {', '.join(PADDING_PATTERNS)}, got {pattern!r}")
     if pattern == "none":
         return None
+    with torch.device(generator.device):
+        return _padding_mask(pattern, batch, keys, generator)
+
+
+def _padding_mask(pattern: str, batch: int, keys: int, generator: torch.Generator) -> Tensor:
     n = torch.arange(keys)
     lengths = (
         torch.randint(1, keys + 1, (batch, 1), generator=generator) if keys else torch.zeros(batch, 1).long()

@@ -32,6 +32,7 @@ _create_atomic_cas = InterpreterBuilder.create_atomic_cas
 _semantic_load = TritonSemantic.load
 _implicit_cvt = interpreter._implicit_cvt
 _patch_lang = interpreter._patch_lang
+_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def poison_value(element_type: tl.dtype) -> Any:
@@ -42,6 +43,12 @@ def poison_value(element_type: tl.dtype) -> Any:
     if dtype.kind == "f":
         return np.nan
     return True if dtype.kind == "b" else np.iinfo(dtype).max
+
+
+def patch_tensor(tensor: type, scope: Any) -> None:
+    """What Triton gives tensors in a kernel; 3.6 makes an int of an array, which NumPy 2.4 allows for no dimension only."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
 class Sanitizer:
@@ -62,6 +69,7 @@ class Sanitizer:
             (GridExecutor, "__call__", lambda *a, **k: self.run(*a, **k)),
             (interpreter, "_implicit_cvt", self.convert_argument),
             (interpreter, "_patch_lang", self.patch_language),
+            (interpreter, "_patch_lang_tensor", patch_tensor),
             (TritonSemantic, "load", lambda *a, **k: self.note_other(*a, **k)),
             (builder, "create_masked_load", lambda *a, **k: self.load(*a, **k)),
             (builder, "create_masked_store", lambda *a, **k: self.store(*a, **k)),
