@@ -291,7 +291,12 @@ def test_padfree_exports_what_its_documentation_names() -> None:
 
 @pytest.mark.parametrize(
     ("triton_release", "numpy_release", "refused"),
-    [("3.6.0", "2.5.2", True), ("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.5.2", False)],
+    [
+        ("3.6.0", "2.5.2", True),
+        ("3.6.0", "2.4.0", True),
+        ("3.6.0", "2.3.5", False),
+        ("3.7.1", "2.5.2", False),
+    ],
 )
 def test_an_interpreter_that_its_numpy_breaks_is_refused_in_one_line(
     triton_release: str, numpy_release: str, refused: bool, monkeypatch: pytest.MonkeyPatch
@@ -305,5 +310,7 @@ def test_an_interpreter_that_its_numpy_breaks_is_refused_in_one_line(
     monkeypatch.setattr(padfree.api, "why_not_interpreter", lambda: reason)
     query = torch.zeros(1, 1, 3, 8, device="cpu")
     if reason is not None:
-        with pytest.raises(RuntimeError, match=f"Triton {triton_release}'s interpreter does not work with NumPy"):
+        with pytest.raises(
+            RuntimeError, match=f"Triton {triton_release}'s interpreter does not work with NumPy"
+        ):
             padfree.attention(query, query, query, impl="triton")

@@ -22,7 +22,9 @@ def run_on_the_standin(*files: str) -> subprocess.CompletedProcess[str]:
     # Of another worker's process: its own would claim this one's results.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
-    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_kernels_tests_use_tensors_of_the_device_they_test() -> None:

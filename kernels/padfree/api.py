@@ -161,7 +161,9 @@ def why_not_interpreter() -> str | None:
     triton, numpy = version("triton"), version("numpy")
     # Triton 3.6 makes an int of an array with one element, which NumPy 2.4 no longer allows.
     if _major_minor(triton) < (3, 7) and _major_minor(numpy) >= (2, 4):
-        return f"Triton {triton}'s interpreter does not work with NumPy {numpy}: use NumPy < 2.4 or Triton 3.7"
+        return (
+            f"Triton {triton}'s interpreter does not work with NumPy {numpy}: use NumPy < 2.4 or Triton 3.7"
+        )
     return None
 
 

@@ -145,9 +145,8 @@ def attention_weights_reference(
 
 def full_precision(query: Tensor) -> AbstractContextManager[Any]:
     """Keep a surrounding autocast away from products whose dtype is part of the contract."""
-    device = query.device.type
-    # a meta tensor knows no autocast
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # A meta tensor knows no autocast; torch 2.11's compiler cannot ask `is_autocast_available`.
+    return nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False)
 
 
 def in_window(rows: int, keys: int, window: tuple[int | None, int | None], device: torch.device) -> Tensor:

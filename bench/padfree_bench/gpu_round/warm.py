@@ -7,12 +7,14 @@ a cache that was brought along serves is not assumed but counted: a hit is Trito
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,8 @@ SOME = 12
 def items(part: str) -> list[Item]:
     """The calls of a part ("smoke", "main"), or those that only the tuned rows change ("tuned")."""
     if part == "tuned":
-        tuned = os.environ.get("PADFREE_TUNED_ROWS", "")
-        return attention_items(steps.HEADLINE, steps.OUR_PEERS) if Path(tuned).is_file() else []
+        tuned = Path(os.environ.get("PADFREE_TUNED_ROWS", ""))
+        return attention_items(steps.HEADLINE, steps.OUR_PEERS) if tuned.is_file() else []
     checks = [("case", str(index)) for index in range(len(agreement.all_cases(ARCH)))]
     first = [peer for peer in steps.FIRST_PEERS.split(",") if peer.startswith("padfree")]
     if part == "smoke":
@@ -139,6 +141,7 @@ def compile_item(item: Item) -> tuple[list[bool], float]:
 
     knobs.compilation.listener = listen
     padfree.api.why_not_device = lambda device: None  # launches are compiled, not run
+    use_tuned_rows()
     kind, *args = item
     if kind == "tune":
         from padfree_bench import tune
@@ -152,12 +155,23 @@ def compile_item(item: Item) -> tuple[list[bool], float]:
     return hits, sum(os.times()[:4]) - begin
 
 
+@cache
+def use_tuned_rows() -> None:
+    """Once a process: the rows that the tune accepted, as the suites of the same steps take them."""
+    if (rows := Path(os.environ.get("PADFREE_TUNED_ROWS", ""))).is_file():
+        from padfree_bench.tune import apply_rows
+
+        apply_rows(rows)
+
+
 def build_launcher(kernel: Any) -> None:
     """The C function that hands a kernel its arguments, which Triton 3.6 otherwise compiles at the first launch (0.4 s)."""
     from triton.backends.nvidia import driver
 
     if not hasattr(driver, "make_launcher"):
         return  # from 3.7 on one launcher serves all kernels
+    # That a launcher cannot be loaded where there is no libcuda needs no word.
+    logging.getLogger("triton.runtime.build").setLevel(logging.ERROR)
     try:
         driver.CudaLauncher(kernel.src, kernel.metadata)
     except (ImportError, AssertionError, OSError):
