@@ -7,6 +7,7 @@ sees them. It recomputes the scores from q, k and lse2; sums run in one fixed or
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 from padfree._configs import Config
 from padfree._launch import Call
@@ -47,6 +48,9 @@ def accumulate_dkv(
         if MASKED:
             lse2, live_m = load_lse2(lse2_ptr, m, m < hi)
             delta = tl.load(delta_ptr + m, mask=live_m, other=0.0)
+        elif is_hip():
+            # Triton's passes for AMD fail on a tensor of two pointers' elements.
+            lse2, live_m, delta = tl.load(lse2_ptr + m), None, tl.load(delta_ptr + m)
         else:
             # One load of both: of fewer numbers than threads Triton 3.6.0 hands all to every thread, 4 bytes at a time.
             live_m = None
