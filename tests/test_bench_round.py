@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_every_suite_takes_its_command_line(part: str, on_gpu: bool, tmp_path: P
 
 def test_a_step_past_its_limit_keeps_what_it_had_found(around: Round) -> None:
     program = "import json, time; print(json.dumps({'cases': 3}), flush=True); time.sleep(60)"
-    outcome = driver.run_step(around, python(program, seconds=6), 100)
+    outcome = driver.run_step(replace(around, on_gpu=True), python(program, seconds=6), 100)
     assert (outcome.status, outcome.details) == (driver.TIMED_OUT, {"cases": 3})
 
 
@@ -65,7 +66,7 @@ def test_a_step_that_fails_says_why_and_never_passes_without_a_gpu(around: Round
     assert driver.run_step(around, python(""), 100).status == driver.REHEARSED
     asked = Step("graph", "", 9, ("false",), needs_gpu=True)
     assert driver.run_step(around, asked, 100).status == driver.NOT_RUN
-    assert driver.run_step(around, python(""), 1).reason == "no time left"
+    assert driver.run_step(replace(around, on_gpu=True), python(""), 1).reason == "no time left"
 
 
 def test_a_verdict_is_passed_only_on_a_gpu_with_everything_done() -> None:
