@@ -212,19 +212,9 @@ def main() -> int:
     chosen = options.parse_args()
     todo = items(chosen.part)
     summary = warm(todo[::SOME] if chosen.some else todo, chosen.jobs, chosen.last)
-    if chosen.some and summary.get("compiled"):
-        kernel_seconds = summary["core_seconds"] / summary["compiled"]
-        expected = len(todo) / summary["items"] * (summary["compiled"] + summary.get("hits", 0))
-        print(
-            json.dumps(
-                summary
-                | {
-                    "all_items": len(todo),
-                    "expected_kernels": round(expected),
-                    "seconds_a_kernel": kernel_seconds,
-                }
-            )
-        )
+    if chosen.some and summary:
+        whole = summary["core_seconds"] * len(todo) / summary["items"]
+        print(json.dumps(summary | {"all_items": len(todo), "predicted_seconds_on_16_cores": whole / 16}))
     return 1 if summary.get("failed") else 0
 
 
