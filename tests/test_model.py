@@ -139,6 +139,11 @@ def test_the_kernel_keeps_logits_and_gradients(preset):
     assert (logit(compiled(ids)) - expected[0]).abs().max() <= TOLERANCE
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11 compiles flex_attention to NaN on a CPU",
+    strict=True,
+)
 def test_flex_attention_keeps_the_logits():
     ids = make_reviews()
     with torch.no_grad():
