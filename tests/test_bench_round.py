@@ -66,6 +66,8 @@ def test_a_step_that_fails_says_why_and_never_passes_without_a_gpu(around: Round
     assert driver.run_step(around, python(""), 100).status == driver.REHEARSED
     asked = Step("graph", "", 9, ("false",), needs_gpu=True)
     assert driver.run_step(around, asked, 100).status == driver.NOT_RUN
+    lacking = replace(python(""), needs_folder=around.folder / "reviews")
+    assert driver.run_step(around, lacking, 100).status == driver.NOT_RUN
     assert driver.run_step(replace(around, on_gpu=True), python(""), 1).reason == "no time left"
 
 

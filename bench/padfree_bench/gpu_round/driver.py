@@ -67,6 +67,8 @@ def run_step(around: Round, step: Step, seconds: float) -> Outcome:
     """Run one step within its limit and `seconds`; never raises for what the step does."""
     if step.needs_gpu and not around.on_gpu:
         return Outcome(step.name, NOT_RUN, reason="needs a CUDA GPU")
+    if step.needs_folder is not None and not step.needs_folder.is_dir():
+        return Outcome(step.name, NOT_RUN, reason=f"no {step.needs_folder}: see --part prepare --reviews")
     # A rehearsal is about getting to the end: two cores take longer than sixteen.
     limit = min(step.seconds, seconds) if around.on_gpu else 10 * step.seconds
     start = time.monotonic()

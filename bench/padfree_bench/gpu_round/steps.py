@@ -45,7 +45,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Step:
-    """A process, the seconds it may take, and whether it means anything without a GPU."""
+    """A process, the seconds it may take, and what it needs: a GPU to mean anything, a folder that was brought along."""
 
     name: str
     summary: str
@@ -53,6 +53,7 @@ class Step:
     command: tuple[str, ...]
     needs_gpu: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    needs_folder: Path | None = None
 
 
 def bench(*arguments: str) -> tuple[str, ...]:
@@ -133,8 +134,8 @@ def main(around: Round) -> list[Step]:
              attention(around, "table", 130, table, "--directions", "forward,both"), False, tuned),
         Step("train-step", "a training step: the notebook's loop against ours", 45,
              suite(around, "train", "round", 45, "--dtypes", "bf16"), False, tuned),
-        Step("epoch-padfree", "imdb-train on reviews, fused", 30, end_to_end(around, "padfree")),
-        Step("epoch-sdpa", "imdb-train on the same reviews, SDPA", 20, end_to_end(around, "sdpa")),
+        Step("epoch-padfree", "imdb-train on reviews, fused", 30, end_to_end(around, "padfree"), needs_folder=CARRY / "reviews"),
+        Step("epoch-sdpa", "imdb-train on the same reviews, SDPA", 20, end_to_end(around, "sdpa"), needs_folder=CARRY / "reviews"),
         Step("memory", "what a call holds at its peak", 20,
              suite(around, "memory", "round", 20, "--shapes", ",".join(MEMORY), "--peers", FIRST_PEERS)),
         Step("memcheck", "compute-sanitizer memcheck, each kernel once", 20, sanitized("memcheck"), True, no_caching),
