@@ -255,12 +255,13 @@ def assert_matches_reference(
     *,
     dropout_mask: Tensor | None = None,
     name: str = "",
+    found: list[Errors] | None = None,
     **options: Any,
 ) -> list[Results]:
     """Assert that `attention` obeys the error rule, forward and backward, on calls alike but for their seed.
 
     Errors and budgets are taken over all `calls` together, so that a few small tensors do not make the budget
-    a matter of luck. Rows and keys that see nothing are compared exactly.
+    a matter of luck. Rows and keys that see nothing are compared exactly. `found` takes the errors of each tensor.
     """
     calls = [calls] if isinstance(calls, Inputs) else calls
     oracle_options = options if dropout_mask is None else options | {"dropout_mask": dropout_mask}
@@ -276,7 +277,9 @@ def assert_matches_reference(
         if field == "lse":
             columns = [[x.masked_fill(x == -math.inf, 0) for x in column] for column in columns]
         factor = FORWARD_FACTOR if field in ("out", "lse") else BACKWARD_FACTOR
-        assert_within_reference_error(*columns, factor=factor, name=f"{name} {field}".strip())
+        errors = assert_within_reference_error(*columns, factor=factor, name=f"{name} {field}".strip())
+        if found is not None:
+            found += errors
     return actual
 
 

@@ -21,20 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from padfree_bench.gpu_round.steps import (
-    CARRY,
     OVERHEAD_SECONDS,
     PART_SECONDS,
     PARTS,
     ROOT,
-    VERSIONS_SECONDS,
     Round,
     Step,
+    round_on_a_cpu,
     worker,
 )
-from padfree_bench.processes import run_limited, stop_on_sigterm
-from padfree_bench.results import RESULTS
+from padfree_bench.processes import die_with_parent, run_limited, stop_on_sigterm
+from padfree_bench.results import NOT_RUN, RESULTS
 
-PASSED, FAILED, TIMED_OUT, NOT_RUN, REHEARSED = "passed", "failed", "timed out", "not run", "rehearsed"
+PASSED, FAILED, TIMED_OUT, REHEARSED = "passed", "failed", "timed out", "rehearsed"
 LOG_BYTES = 200_000
 
 
@@ -64,22 +63,22 @@ def environment(around: Round, step: Step) -> dict[str, str]:
 
 
 def run_step(around: Round, step: Step, seconds: float) -> Outcome:
-    """Run one step within its limit and `seconds`; never raises for what the step does."""
+    """Run one step within `seconds`; never raises for what the step does."""
     if step.needs_gpu and not around.on_gpu:
         return Outcome(step.name, NOT_RUN, reason="needs a CUDA GPU")
     if step.needs_folder is not None and not step.needs_folder.is_dir():
         return Outcome(step.name, NOT_RUN, reason=f"no {step.needs_folder}: see --part prepare --reviews")
-    # A rehearsal is about getting to the end: two cores take longer than sixteen.
-    limit = min(step.seconds, seconds) if around.on_gpu else 10 * step.seconds
-    start = time.monotonic()
-    if limit < 5:
+    if seconds < 5:
         return Outcome(step.name, NOT_RUN, reason="no time left")
+    # A rehearsal is about getting to the end: two cores take longer than sixteen.
+    limit = seconds if around.on_gpu else 10 * step.seconds
     log = around.folder / "logs" / f"{step.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
     try:
         with log.open("w") as output:
             status = run_limited(
-                step.command,
+                step.line(seconds),
                 limit,
                 cwd=ROOT,
                 env=environment(around, step),
@@ -88,20 +87,40 @@ def run_step(around: Round, step: Step, seconds: float) -> Outcome:
             )
     except OSError as error:
         return Outcome(step.name, FAILED, reason=str(error))
+    outcome = Outcome(step.name, PASSED if around.on_gpu else REHEARSED, time.monotonic() - begin)
     text = log.read_text(errors="replace")
     log.write_text(text[-LOG_BYTES:])
     lines = [line for line in text.splitlines() if line.strip()]
-    outcome = Outcome(step.name, PASSED if around.on_gpu else REHEARSED, time.monotonic() - start)
     outcome.details = next((found for line in reversed(lines) if (found := _json(line)) is not None), {})
-    if status is None:
-        outcome.status, outcome.reason = (
-            TIMED_OUT,
-            f"stopped after {limit:.0f} s; what it had written is kept",
+    untimed: list[str] = []
+    if step.result:
+        outcome.details, untimed = figures(
+            around.suites / f"{step.result}.json", time.time() - outcome.seconds
         )
+    if status is None:
+        outcome.status = TIMED_OUT
+        outcome.reason = f"stopped after {limit:.0f} s; what it had written is kept"
     elif status:
         said = [line for line in lines if _json(line) is None]
         outcome.status, outcome.reason = FAILED, f"status {status}: {' / '.join(said[-3:])[:600]}"
+    elif untimed and around.on_gpu:
+        outcome.status, outcome.reason = FAILED, f"padfree has no figure: {'; '.join(untimed)[:600]}"
     return outcome
+
+
+def figures(path: Path, since: float) -> tuple[dict[str, Any], list[str]]:
+    """({case and direction: {peer: ms, as a graph where there is one}}, our own rows without a figure) of a suite's file."""
+    if not path.is_file() or path.stat().st_mtime < since - 1:
+        return {}, []
+    found: dict[str, Any] = {}
+    untimed: list[str] = []
+    for row in json.loads(path.read_text())["rows"]:
+        place = f"{row['case']} {row['direction']}"
+        if (ms := row.get("graph_ms") or row.get("ms_p50") or row.get("peak_mib")) is not None:
+            found.setdefault(place, {})[row["peer"]] = ms
+        elif row["status"] == NOT_RUN and "padfree" in row["peer"]:
+            untimed.append(f"{place} {row['peer']}: {row.get('reason')}")
+    return found, untimed
 
 
 def _json(line: str) -> dict[str, Any] | None:
@@ -143,22 +162,25 @@ def save(
 
 
 def archive(folder: Path, target: Path) -> None:
-    """Pack the card's folder, whole or not at all; checkpoints and pictures stay."""
+    """Pack the card's folder, whole or not at all."""
     temporary = target.with_name(f".{target.name}")
-    left_out = {".pt", ".safetensors", ".png", ".svg", ".bin"}
     with tarfile.open(temporary, "w:gz") as tar:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.suffix not in left_out and not path.name.startswith("."):
+            if path.is_file() and not path.name.startswith("."):
                 tar.add(path, Path(folder.name) / path.relative_to(folder))
     temporary.replace(target)
 
 
 def look_around(output: Path) -> tuple[Round, dict[str, Any]]:
     """Ask a process what machine this is: torch takes seconds to import, and this one must stay light."""
-    asked = subprocess.run(
-        worker("padfree_bench.gpu_round.versions"), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / f) for f in ("kernels", "model", "bench"))},
-    )  # fmt: skip
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "model", "bench"))
+    try:
+        asked = subprocess.run(
+            worker("padfree_bench.gpu_round.versions"), cwd=ROOT, env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True, text=True, timeout=60, check=False, preexec_fn=die_with_parent,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"cannot tell what machine this is: no answer in {error.timeout} s") from None
     found = _json((asked.stdout.strip().splitlines() or [""])[-1])
     if asked.returncode or found is None:
         raise OSError(f"cannot tell what machine this is: {(asked.stderr.strip().splitlines() or ['?'])[-1]}")
@@ -168,15 +190,20 @@ def look_around(output: Path) -> tuple[Round, dict[str, Any]]:
 
 
 def table(steps: list[Step], outcomes: list[Outcome]) -> str:
-    """What was done, skipped and why, a line a step."""
-    lines = []
-    for number, step in enumerate(steps):
-        outcome = (
-            outcomes[number] if number < len(outcomes) else Outcome(step.name, NOT_RUN, reason="not reached")
-        )
-        lines.append(
-            f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s of {step.seconds:3}  {outcome.reason or step.summary}"
-        )
+    """What was done, skipped and why, a line a step; then the suites' figures of our own and SDPA, a line a case."""
+    outcomes = outcomes + [
+        Outcome(step.name, NOT_RUN, reason="not reached") for step in steps[len(outcomes) :]
+    ]
+    lines = [
+        f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s of {step.seconds:3}  {outcome.reason or step.summary}"
+        for step, outcome in zip(steps, outcomes, strict=True)
+    ]
+    for step, outcome in zip(steps, outcomes, strict=True):
+        for place, found in outcome.details.items() if step.result else ():
+            shown = [
+                f"{peer} {value:g}" for peer, value in found.items() if "padfree" in peer or "sdpa" in peer
+            ]
+            lines.append(f"{step.name}, {place}: {', '.join(shown)}")
     return "\n".join(lines)
 
 
@@ -186,30 +213,31 @@ def run_part(part: str, output: Path, packed: Path | None, only: list[str] | Non
     around.folder.mkdir(parents=True, exist_ok=True)
     steps = [step for step in PARTS[part](around) if only is None or step.name in only]
     outcomes: list[Outcome] = []
-    verdict = save(around, part, versions, steps, outcomes)
-    print(f"{part} on {versions['device']}: {', '.join(step.name for step in steps)}", flush=True)
-    kernels = CARRY / "triton-cache.tar.xz"
-    if kernels.is_file() and steps[:1] and steps[0].name == "warm":
-        from padfree_bench.gpu_round.carry import unpack
+    print(f"{part} on {versions['device']}: {json.dumps(versions.get('compiler'))}", flush=True)
 
-        unpack(kernels, around.cache)
-    for step in steps:
-        left = PART_SECONDS[part] - OVERHEAD_SECONDS / 2 - (time.monotonic() - begin)
-        outcome = run_step(around, step, left)
-        outcomes.append(outcome)
+    def keep() -> str:
         verdict = save(around, part, versions, steps, outcomes)
         if packed is not None:
             archive(around.folder, packed)
-        print(
-            f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s  {outcome.reason or outcome.details}"[
-                :300
-            ],
-            flush=True,
+        return verdict
+
+    verdict = keep()
+    for step in steps:
+        left = PART_SECONDS[part] - OVERHEAD_SECONDS / 2 - (time.monotonic() - begin)
+        outcomes.append(outcome := run_step(around, step, allowed(step, steps[len(outcomes) + 1 :], left)))
+        verdict = keep()
+        said = (
+            f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s  {outcome.reason or outcome.details}"
         )
-    print(
-        f"\n{table(steps, outcomes)}\n{verdict}: {around.folder / f'round-{part}.json'}, {time.monotonic() - begin:.0f} s in all"
-    )
+        print(said[:300], flush=True)
+    print(f"\n{table(steps, outcomes)}")
+    print(f"{verdict}: {around.folder / f'round-{part}.json'}, {time.monotonic() - begin:.0f} s in all")
     return 0 if verdict in (PASSED, REHEARSED) else 1
+
+
+def allowed(step: Step, later: list[Step], left: float) -> float:
+    """Seconds for a step: its own and what those before it did not need, never what those after it may need."""
+    return min(left, max(step.seconds, left - sum(other.seconds for other in later)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -242,7 +270,7 @@ def main(argv: list[str]) -> int:
 
         return prepare(options.reviews, options.tokenizer)
     only = options.steps.split(",") if options.steps else None
-    known = [step.name for step in PARTS[options.part](Round(RESULTS, RESULTS, CARRY, on_gpu=False))]
+    known = [step.name for step in PARTS[options.part](round_on_a_cpu())]
     if unknown := set(only or ()) - set(known):
         print(
             f"python3 -m bench gpu-round: steps must be of {', '.join(known)}, got {', '.join(sorted(unknown))}",
@@ -252,6 +280,3 @@ def main(argv: list[str]) -> int:
     if options.archive:
         options.archive.parent.mkdir(parents=True, exist_ok=True)
     return run_part(options.part, options.output.resolve(), options.archive, only)
-
-
-__all__ = ["VERSIONS_SECONDS", "main"]

@@ -4,6 +4,7 @@ Kernels compiled with this machine's Triton (run it where the software is the GP
 reviews with their tokens, the tokenizer, and which commit this is: all that a copy of the tree without history lacks.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ from padfree_bench.gpu_round.steps import CARRY, ROOT, worker
 REVIEWS, SEED = 4000, 0
 # What a copy of the tree may weigh: files that git knows or would add, and .carry/.
 LIMIT_MIB = 64
-CACHE = ROOT / "runs" / "triton-cache"
+# What decides which kernels there are and what is in them.
+SOURCES = ("kernels/padfree/*.py", "bench/padfree_bench/**/*.py", "bench/padfree_bench/data/*.json")
 
 
 def prepare(reviews: Path | None, tokenizer: Path | None) -> int:
@@ -56,14 +58,28 @@ def write_commit() -> None:
     (CARRY / "commit").write_text(json.dumps(content) + "\n")
 
 
+def cache_folder() -> Path:
+    """Where kernels of these sources are compiled; what was compiled of others is removed, so that it is not packed."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in SOURCES for file in ROOT.glob(pattern)):
+        digest.update(file.read_bytes())
+    folder = ROOT / "runs" / "prepared" / digest.hexdigest()[:16]
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            shutil.rmtree(other)
+    return folder
+
+
 def compile_all() -> int:
     """Compile both parts' kernels and pack them; a launcher is linked against a libcuda that need not be there."""
+    packed, cache = CARRY / "triton-cache.tar.xz", cache_folder()
+    packed.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as stub:
         subprocess.run(["gcc", "-shared", "-o", f"{stub}/libcuda.so.1", "-x", "c", os.devnull], check=False)
         environment = {
             **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
             "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "model", "bench")),
-            "TRITON_CACHE_DIR": str(CACHE),
+            "TRITON_CACHE_DIR": str(cache),
             "TRITON_LIBCUDA_PATH": stub,
         }
         status = 0
@@ -73,7 +89,7 @@ def compile_all() -> int:
                 worker("padfree_bench.gpu_round.warm", part, "--last"), cwd=ROOT, env=environment, check=False
             )
             status |= done.returncode
-    print(f"{pack(CACHE, CARRY / 'triton-cache.tar.xz')} files of kernels packed")
+    print(f"{pack(cache, packed)} files of kernels packed")
     return status
 
 

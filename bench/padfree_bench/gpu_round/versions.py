@@ -1,30 +1,11 @@
 """What machine this is and what its software says of itself, as one line of JSON; nothing is set, only read."""
 
-import hashlib
 import json
-import subprocess
-from pathlib import Path
 
 import torch
-import triton
 
 from padfree_bench import machine
-
-
-def compiler() -> dict[str, str]:
-    """What decides whether a cache of compiled kernels serves here."""
-    from triton.runtime.cache import triton_key
-
-    package = Path(triton.__file__).parent
-    ptxas = package / "backends" / "nvidia" / "bin" / "ptxas"
-    said = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256((package / "_C" / "libtriton.so").read_bytes()).hexdigest()
-    return {
-        "triton": triton.__version__,
-        "libtriton_sha256": digest[:16],
-        "triton_key_sha256": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
-        "ptxas": said.strip().splitlines()[-1] if said.strip() else "?",
-    }
+from padfree_bench.gpu_round.carry import compiler
 
 
 def main() -> None:

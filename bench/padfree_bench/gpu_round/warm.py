@@ -8,8 +8,10 @@ a cache that was brought along serves is not assumed but counted: a hit is Trito
 import argparse
 import json
 import logging
+import lzma
 import os
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,11 +24,12 @@ import torch
 
 from padfree_bench.aot import compile_only
 from padfree_bench.gpu_round import agreement, steps
+from padfree_bench.gpu_round.carry import unpack
 from padfree_bench.processes import pool
 
 ARCH = 90
 Item = tuple[str, ...]
-# What a rehearsal without --all compiles: every so manieth item.
+# Of its items a rehearsal compiles every so manieth.
 SOME = 12
 
 
@@ -203,16 +206,31 @@ def warm(todo: list[Item], jobs: int, quiet: bool = False) -> dict[str, Any]:
     return summary
 
 
+def take_along() -> None:
+    """The kernels that came along go into the cache; whether they serve is counted, and here is why they might not."""
+    packed, cache = steps.CARRY / "triton-cache.tar.xz", os.environ.get("TRITON_CACHE_DIR")
+    if not cache or not packed.is_file():
+        return
+    try:
+        different = unpack(packed, Path(cache))
+        print(f"kernels came along, made by {'; '.join(different) or 'the same compiler'}", flush=True)
+    except (OSError, EOFError, KeyError, ValueError, lzma.LZMAError, tarfile.TarError) as error:
+        print(f"{packed} is of no use: {error}", flush=True)
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("part", choices=("smoke", "main", "tuned"))
-    options.add_argument("--some", action="store_true", help="a few of the items, and what all would take")
+    options.add_argument(
+        steps.REHEARSE, action="store_true", help="a few of the items, and what all would take"
+    )
     options.add_argument("--jobs", type=int, default=min(16, len(os.sched_getaffinity(0))))
     options.add_argument("--last", action="store_true", help="print the last line only")
     chosen = options.parse_args()
+    take_along()
     todo = items(chosen.part)
-    summary = warm(todo[::SOME] if chosen.some else todo, chosen.jobs, chosen.last)
-    if chosen.some and summary:
+    summary = warm(todo[::SOME] if chosen.rehearse else todo, chosen.jobs, chosen.last)
+    if chosen.rehearse and summary:
         whole = summary["core_seconds"] * len(todo) / summary["items"]
         print(json.dumps(summary | {"all_items": len(todo), "predicted_seconds_on_16_cores": whole / 16}))
     return 1 if summary.get("failed") else 0
