@@ -51,12 +51,12 @@ def test_every_suite_takes_its_command_line(part: str, on_gpu: bool, tmp_path: P
     ]
     assert suites
     for line in suites:
-        refuse_to_replace(cli.parser().parse_args(line))
+        refuse_to_replace(cli.parser().parse_args([word.replace("{minutes}", "1") for word in line]))
 
 
 def test_a_step_past_its_limit_keeps_what_it_had_found(around: Round) -> None:
     program = "import json, time; print(json.dumps({'cases': 3}), flush=True); time.sleep(60)"
-    outcome = driver.run_step(replace(around, on_gpu=True), python(program, seconds=6), 100)
+    outcome = driver.run_step(replace(around, on_gpu=True), python(program), 6)
     assert (outcome.status, outcome.details) == (driver.TIMED_OUT, {"cases": 3})
 
 
@@ -69,6 +69,47 @@ def test_a_step_that_fails_says_why_and_never_passes_without_a_gpu(around: Round
     lacking = replace(python(""), needs_folder=around.folder / "reviews")
     assert driver.run_step(around, lacking, 100).status == driver.NOT_RUN
     assert driver.run_step(replace(around, on_gpu=True), python(""), 1).reason == "no time left"
+
+
+def test_what_a_step_does_not_need_goes_to_the_next() -> None:
+    first, second, last = python("", seconds=60), python("", seconds=100), python("", seconds=30)
+    assert driver.allowed(first, [second, last], 200) == 70
+    assert driver.allowed(second, [last], 180) == 150
+    assert driver.allowed(second, [last], 110) == 100  # its own, even where the last will have less
+    assert driver.allowed(last, [], 12) == 12
+
+
+def test_a_suite_is_told_how_long_it_may_go_on(around: Round) -> None:
+    step = Step(
+        "table", "", 100, (sys.executable, "-c", "import sys; print('[', *sys.argv[1:])", "{minutes}")
+    )
+    driver.run_step(around, step, 132)
+    assert (around.folder / "logs" / "table.log").read_text() == "[ 2.00\n"
+
+
+def rows(*given: dict[str, Any]) -> str:
+    common = {"case": "B64", "direction": "both", "status": "ok"}
+    return f"import json; print(json.dumps({{'rows': {[common | row for row in given]}}}))"
+
+
+def test_a_suite_in_which_padfree_has_no_figure_has_not_passed(around: Round) -> None:
+    around = replace(around, on_gpu=True)
+    sdpa = {"peer": "sdpa", "ms_p50": 3.0, "graph_ms": 2.0}
+    wrong = {"peer": "padfree", "status": "not run", "reason": "wrong answer"}
+
+    def outcome(*given: dict[str, Any]) -> driver.Outcome:
+        program = (
+            f"import sys; sys.stdout = open({str(around.folder / 'attention.json')!r}, 'w'); {rows(*given)}"
+        )
+        return driver.run_step(around, replace(python(program), result="attention"), 20)
+
+    failed = outcome(sdpa, wrong)
+    assert failed.status == driver.FAILED and "B64 both padfree: wrong answer" in failed.reason
+    passed = outcome(sdpa, {"peer": "padfree", "ms_p50": 1.0}, {"peer": "flex", "status": "not run"})
+    assert passed.status == driver.PASSED
+    assert passed.details == {"B64 both": {"sdpa": 2.0, "padfree": 1.0}}
+    os.utime(around.folder / "attention.json", (1, 1))
+    assert driver.run_step(around, replace(python(""), result="attention"), 20).details == {}
 
 
 def test_a_verdict_is_passed_only_on_a_gpu_with_everything_done() -> None:
@@ -138,7 +179,7 @@ import sys
 from pathlib import Path
 from padfree_bench.gpu_round import carry, warm
 if len(sys.argv) > 2:
-    carry.unpack(Path(sys.argv[1]), Path(sys.argv[2]))
+    assert carry.unpack(Path(sys.argv[1]), Path(sys.argv[2])) == []
 hits, _ = warm.compile_item(("case", sys.argv[-1]))
 print(hits)
 """
@@ -166,6 +207,29 @@ def test_a_packed_cache_gives_hits_in_another_folder(tmp_path: Path) -> None:
     assert hits(tmp_path / "elsewhere", str(tmp_path / "cache.tar.xz"), str(tmp_path / "elsewhere")) == [
         True
     ] * len(made)
+
+
+def test_a_cache_of_another_compiler_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from padfree_bench.gpu_round import carry
+
+    monkeypatch.setattr(carry, "compiler", lambda: {"triton": "3.6.0", "ptxas": "12.9"})
+    assert carry.pack(tmp_path, tmp_path / "cache.tar.xz") == 0
+    assert carry.unpack(tmp_path / "cache.tar.xz", tmp_path / "here") == []
+    monkeypatch.setattr(carry, "compiler", lambda: {"triton": "3.6.0", "ptxas": "13.0"})
+    assert carry.unpack(tmp_path / "cache.tar.xz", tmp_path / "here") == ["ptxas 12.9, here 13.0"]
+
+
+def test_a_cache_that_is_broken_costs_no_more_than_its_absence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from padfree_bench.gpu_round import warm
+
+    monkeypatch.setattr(steps, "CARRY", tmp_path)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for content in (b"", b"\xfd7zXZ\x00 and no more"):
+        (tmp_path / "triton-cache.tar.xz").write_bytes(content)
+        warm.take_along()
+        assert "is of no use" in capsys.readouterr().out
 
 
 def test_every_row_that_hopper_uses_has_a_case() -> None:
@@ -200,7 +264,7 @@ def test_agreement_passes_the_right_answer_and_no_wrong_one(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = next(case for case in agreement.all_cases(90) if case.name == name)
-    agreement.check_case(case, CPU, "reference")
+    assert 0 < agreement.check_case(case, CPU, "reference") <= 1
     right = agreement.FORMS[case.form]
 
     def off(*tensors: Any, **options: Any) -> Any:
