@@ -103,9 +103,9 @@ FAULTS = [
     ),
     forward(
         "dropout counts in the softmax denominator", "dropout",
-        fragment="                q.dtype == tl.float32,\n            )  # fmt: skip\n",
-        replacement="                q.dtype == tl.float32,\n            )  # fmt: skip\n"
-        "            if stream is not None:\n                row_sum -= tl.sum(tl.where("
+        fragment="            q.dtype == tl.float32,\n        )  # fmt: skip\n",
+        replacement="            q.dtype == tl.float32,\n        )  # fmt: skip\n"
+        "        if stream is not None:\n            row_sum -= tl.sum(tl.where("
         "dropout_keep(stream, m[:, None], n[None, :], dropout_p), 0.0, probs), 1)\n",
     ),
     forward(
