@@ -48,8 +48,8 @@ def accumulate_dkv(
         if MASKED:
             lse2, live_m = load_lse2(lse2_ptr, m, m < hi)
             delta = tl.load(delta_ptr + m, mask=live_m, other=0.0)
-        elif is_hip():
-            # Triton's passes for AMD fail on a tensor of two pointers' elements.
+        elif is_hip() or BLOCK_M < 64:
+            # Triton's passes for AMD fail on pointers joined, and fewer than 128 numbers are not worth it (below).
             lse2, live_m, delta = tl.load(lse2_ptr + m), None, tl.load(delta_ptr + m)
         else:
             # One load of both: of fewer numbers than threads Triton 3.6.0 hands all to every thread, 4 bytes at a time.
