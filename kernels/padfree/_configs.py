@@ -49,7 +49,9 @@ TABLE: dict[Key, list[Row]] = {
     ("forward", "half", 16): [Row(Config(64, 64, 4, 3), _SHORT)],
     ("forward", "half", 32): [
         Row(
-            Config(64, 64, 8, 3), "4 warps keep 8 to 16 bytes on the stack there", arch=(80, 86, 89, 100, 103)
+            Config(64, 64, 8, 2),
+            "4 warps, or a third stage, keep 8 to 16 bytes on the stack there",
+            arch=(80, 86, 89, 100, 103),
         ),
         Row(Config(64, 64, 4, 3), _SHORT),
     ],
