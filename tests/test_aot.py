@@ -9,8 +9,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -72,9 +75,22 @@ def all_targets() -> list[Target]:
     return list(dict.fromkeys([*table_targets(ARCHS), *roads, *shapes]))
 
 
+def run_compiler(question: str, version: str, kernels: Path) -> str:
+    """Facts as JSON of the targets in `question`, compiled from the sources in `kernels` by a process of its own."""
+    folder = COMPILERS[version]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [kernels, ROOT / "bench", *([folder] if folder else [])]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    done = subprocess.run(
+        [sys.executable, "-m", "padfree_bench.aot_facts"],
+        input=question, capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 def compile_facts(targets: list[Target], version: str, cache: Path) -> list[dict[str, Any]]:
     """Facts of the targets' kernels from a process that compiles, or from its last answer to the same question."""
-    folder = COMPILERS[version]
     question = json.dumps([asdict(target) for target in targets])
     digest = hashlib.sha256(f"{question}{version}".encode())
     for source in SOURCES:
@@ -83,15 +99,7 @@ def compile_facts(targets: list[Target], version: str, cache: Path) -> list[dict
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not answer.exists():
-            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-            paths = [ROOT / "kernels", ROOT / "bench", *([folder] if folder else [])]
-            environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-            done = subprocess.run(
-                [sys.executable, "-m", "padfree_bench.aot_facts"],
-                input=question, capture_output=True, text=True, env=environment, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-4000:]
-            answer.write_text(done.stdout)
+            answer.write_text(run_compiler(question, version, ROOT / "kernels"))
     facts = json.loads(answer.read_text())
     assert {fact["triton"] for fact in facts} == {version}
     return facts
@@ -240,6 +248,23 @@ def test_no_wgmma_waits_for_the_one_before_it(facts: list[dict[str, Any]]) -> No
     # ptxas judges a whole function: one loop that it cannot overlap serializes every loop of the kernel.
     on_hopper = [fact for fact in facts if fact["arch"] == 90 and fact["wgmma"]]
     assert_none(lambda fact: fact["serialized"], on_hopper)
+
+
+@pytest.mark.parametrize("version", COMPILERS)
+def test_a_planted_branch_around_the_products_is_found(version: str, tmp_path: Path) -> None:
+    # It leaves out edge tiles in which no key is visible: what a padded batch would seem to want.
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "kernels/padfree/_forward.py"
+    head, products, tail = re.split(
+        r"(?=        scores, tile_factor)|(?=    return acc, row_max, row_sum\n)",
+        source.read_text(),
+        maxsplit=2,
+    )
+    branch = "        see = tl.max(keep_n.to(tl.int32), 0) > 0 if MASKED else True\n        if see:\n"
+    source.write_text(head + branch + textwrap.indent(products, "    ") + tail)
+    question = json.dumps([asdict(Target(90, "forward", "bfloat16", 64, road="window"))])
+    (fact,) = json.loads(run_compiler(question, version, tmp_path / "kernels"))
+    assert fact["serialized"] == "C7515"
 
 
 def test_no_kernel_rounds_fp32_to_tf32(facts: list[dict[str, Any]]) -> None:
