@@ -57,9 +57,12 @@ TABLE: dict[Key, list[Row]] = {
     ],
     ("forward", "half", 64): [Row(Config(64, 64, 4, 3), _SHORT, 1024), Row(Config(128, 64, 8, 3), _LONG)],
     ("forward", "half", 128): [
-        Row(Config(64, 32, 4, 2), "64 keys keep 32 bytes on the stack there", 1024, (80, 86, 89)),
+        Row(
+            Config(64, 32, 4, 2),
+            "64 keys or 128 rows keep 16 to 32 bytes on the stack there",
+            arch=(80, 86, 89),
+        ),
         Row(Config(64, 64, 4, 2), _SHORT, 1024),
-        Row(Config(128, 32, 8, 2), _LONG + "; 64 keys keep 16 bytes on the stack there", arch=(80, 86, 89)),
         Row(Config(128, 64, 8, 2), _LONG),
     ],
     ("forward", "half", 256): [Row(Config(64, 32, 8, 2), _WIDE)],
@@ -69,9 +72,12 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(32, 16, 4, 1), "32 keys or 8 warps spill there", arch=(80, 86, 89, 90, 100, 103)),
         Row(Config(32, 32, 8, 1), _IEEE),
     ],
-    ("forward", "float", 128): [Row(Config(32, 16, 8, 1), _IEEE)],
+    ("forward", "float", 128): [
+        Row(Config(32, 32, 8, 1), "16 keys keep 16 bytes on the stack there", arch=(100, 103)),
+        Row(Config(32, 16, 8, 1), _IEEE),
+    ],
     ("forward", "float", 256): [
-        Row(Config(16, 16, 4, 1), "8 warps keep 8 bytes on the stack there", arch=(80, 86, 89)),
+        Row(Config(64, 16, 8, 1), "16 or 32 rows keep 8 to 24 bytes on the stack there", arch=(80, 86, 89)),
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
     ("query_gradient", "half", 16): [
@@ -102,7 +108,7 @@ TABLE: dict[Key, list[Row]] = {
     ("key_gradient", "half", 32): [Row(Config(64, 64, 4, 2), _SHORT)],
     ("key_gradient", "half", 64): [
         Row(Config(32, 64, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
-        Row(Config(64, 64, 4, 2), "a third stage spills there", arch=(GFX942,)),
+        Row(Config(64, 64, 4, 2), "a third stage spills there", arch=(100, 103, GFX942)),
         Row(Config(64, 64, 4, 3), _SHORT + "; 2 stages keep 8 bytes on the stack when packed"),
     ],
     ("key_gradient", "half", 128): [

@@ -6,12 +6,13 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import padfree.api
 import triton
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
+
+import padfree.api
 
 from ._contraction import CONTRACTION_HOOKS
 from ._launch import Launch, ProgramIndex
