@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,10 @@ def test_a_suite_is_told_how_long_it_may_go_on(around: Round) -> None:
     assert (around.folder / "logs" / "table.log").read_text() == "[ 2.00\n"
 
 
-def rows(*given: dict[str, Any]) -> str:
+def rows(*given: dict[str, Any], not_reached: Sequence[str] = ()) -> str:
     common = {"case": "B64", "direction": "both", "status": "ok"}
-    return f"import json; print(json.dumps({{'rows': {[common | row for row in given]}}}))"
+    content = {"rows": [common | row for row in given], "not_reached": list(not_reached)}
+    return f"import json; print(json.dumps({content}))"
 
 
 def test_a_suite_in_which_padfree_has_no_figure_has_not_passed(around: Round) -> None:
@@ -97,10 +98,9 @@ def test_a_suite_in_which_padfree_has_no_figure_has_not_passed(around: Round) ->
     sdpa = {"peer": "sdpa", "ms_p50": 3.0, "graph_ms": 2.0}
     wrong = {"peer": "padfree", "status": "not run", "reason": "wrong answer"}
 
-    def outcome(*given: dict[str, Any]) -> driver.Outcome:
-        program = (
-            f"import sys; sys.stdout = open({str(around.folder / 'attention.json')!r}, 'w'); {rows(*given)}"
-        )
+    def outcome(*given: dict[str, Any], not_reached: Sequence[str] = ()) -> driver.Outcome:
+        path = str(around.folder / "attention.json")
+        program = f"import sys; sys.stdout = open({path!r}, 'w'); {rows(*given, not_reached=not_reached)}"
         return driver.run_step(around, replace(python(program), result="attention"), 20)
 
     failed = outcome(sdpa, wrong)
@@ -108,8 +108,33 @@ def test_a_suite_in_which_padfree_has_no_figure_has_not_passed(around: Round) ->
     passed = outcome(sdpa, {"peer": "padfree", "ms_p50": 1.0}, {"peer": "flex", "status": "not run"})
     assert passed.status == driver.PASSED
     assert passed.details == {"B64 both": {"sdpa": 2.0, "padfree": 1.0}}
+    late = outcome({"peer": "padfree", "ms_p50": 1.0}, not_reached=["B4 both"])
+    assert late.status == driver.INCOMPLETE and "B4 both" in late.reason
     os.utime(around.folder / "attention.json", (1, 1))
-    assert driver.run_step(around, replace(python(""), result="attention"), 20).details == {}
+    stale = driver.run_step(around, replace(python(""), result="attention"), 20)
+    assert (stale.status, stale.details) == (driver.FAILED, {})
+    assert "no figure of this run" in stale.reason
+
+
+@pytest.mark.parametrize("name", ("agreement", "repeats", "graph"))
+def test_a_check_that_finds_no_gpu_in_a_round_on_one_has_not_passed(around: Round, name: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    around = replace(around, on_gpu=True)
+    (step,) = [step for step in steps.smoke(around) if step.name == name]
+    failed = driver.run_step(around, step, 60)
+    assert failed.status == driver.FAILED and "finds no CUDA GPU" in failed.reason
+
+
+def test_a_round_that_tunes_takes_no_other_runs_rows(around: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    around.folder.mkdir(parents=True, exist_ok=True)
+    old = around.folder / "tune.json"
+    old.write_text('{"environment": {"started": "2020-01-01T00:00:00+00:00"}, "answers": []}')
+    monkeypatch.setattr(driver, "look_around", lambda _: (around, {"device": "stand-in"}))
+    monkeypatch.setitem(driver.PARTS, "main", lambda _: [python("print(1)", "tune")])
+    driver.run_part("main", around.output, None, None)
+    assert not old.exists()
+    assert (around.folder / "earlier" / "2020-01-01T00-00-00-tune.json").exists()
 
 
 def test_a_verdict_is_passed_only_on_a_gpu_with_everything_done() -> None:

@@ -141,20 +141,17 @@ def test_a_compiler_that_crashes_stalls_or_raises_is_one_line(capfd: pytest.Capt
     assert time.monotonic() - begin < 30 and capfd.readouterr().err == ""
 
 
+# A compiler hands its code to an assembler, a process of its own, which says here who it is.
 KILLED = """
-import os, sys, time
+import subprocess, sys
 from padfree_bench.tune_candidates import in_children
 
-def sleep(path):
-    open(path + ".new", "w").write(str(os.getpid()))
-    os.rename(path + ".new", path)
-    time.sleep(60)
-
-list(in_children(sleep, sys.argv[1:], jobs=1))
+ASSEMBLE = "echo $$ > $0.new && mv $0.new $0 && exec sleep 60"
+list(in_children(lambda path: subprocess.run(["sh", "-c", ASSEMBLE, path]), sys.argv[1:], jobs=1))
 """
 
 
-def test_a_run_that_is_killed_leaves_no_compiler_beside_the_next_one(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_leaves_no_assembler_beside_the_next_one(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT / 'bench'}"}
     path = tmp_path / "pid"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], env=environment)
@@ -162,17 +159,17 @@ def test_a_run_that_is_killed_leaves_no_compiler_beside_the_next_one(tmp_path: P
         until = time.monotonic() + 60
         while not path.exists() and time.monotonic() < until:
             time.sleep(0.05)
-        child = int(path.read_text())
+        assembler = int(path.read_text())
     finally:
         process.kill()
         process.wait()
     for _ in range(50):
-        status = Path(f"/proc/{child}/stat")
+        status = Path(f"/proc/{assembler}/stat")
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.1)
-    os.kill(child, signal.SIGKILL)
-    pytest.fail("the compiler outlived its parent")
+    os.kill(assembler, signal.SIGKILL)
+    pytest.fail("the assembler outlived the run")
 
 
 @pytest.fixture
@@ -361,6 +358,20 @@ def test_a_run_on_a_gpu_saves_every_answer_as_it_comes(
     assert content["basis"].startswith("measured") and content["not_reached"] == [f"key_gradient {SMALL}"]
     timed = [("p50_us" in row, row.get("refused")) for row in content["rows"]]
     assert timed == [(True, None), (True, None), (False, "the compiler crashed")] * 2
+
+
+def test_a_run_that_answers_nothing_fails_and_leaves_no_older_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "card" / "tune.json"
+    old.parent.mkdir()
+    tune.write_lines(old, {"answers": [{"accepted": True}]})
+    monkeypatch.setattr(tune.machine, "device_slug", lambda device: "card")
+    monkeypatch.setattr(tune, "offers", lambda *_: {})
+    assert tune.main(["--output", str(tmp_path)]) == 1
+    assert "no question was answered" in capsys.readouterr().err
+    assert json.loads(old.read_text())["answers"] == []
+    assert len(list((old.parent / "earlier").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

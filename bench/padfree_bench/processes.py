@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -18,6 +19,12 @@ def die_with_parent() -> None:
     """Be killed when the process that started this one ends in whatever way; on Linux, elsewhere nothing."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def children_die_too() -> None:
+    """Let what this process starts from now on by `subprocess` be killed when it ends: an assembler of Triton's, say."""
+
+    subprocess.Popen = partial(subprocess.Popen, preexec_fn=die_with_parent)  # type: ignore[misc, assignment]
 
 
 def run_limited(command: Sequence[str], seconds: float, **options: Any) -> int | None:
@@ -31,7 +38,9 @@ def run_limited(command: Sequence[str], seconds: float, **options: Any) -> int |
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # A process that hangs in a driver cannot be killed, and must not hold the rest of the round.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
 
 
 def stop_on_sigterm() -> None:

@@ -1,9 +1,11 @@
 """Rows, and the small files that hold them: JSON with the environment, CSV, and a Markdown table."""
 
 import csv
+import io
 import json
 import math
 import re
+import uuid
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,17 @@ def to_json(result: Result) -> str:
     return text + "\n}\n"
 
 
+def to_csv(result: Result) -> str:
+    """One row a line, every column."""
+    text = io.StringIO(newline="")
+    writer, names = csv.writer(text), [column.name for column in fields(Row)]
+    writer.writerow([*names, "device", "commit"])
+    for row in result.rows:
+        values = [_rounded(getattr(row, name)) for name in names]
+        writer.writerow([*values, result.device, result.environment.get("commit")])
+    return text.getvalue()
+
+
 def from_json(text: str) -> Result:
     """Read one file; a file of another schema or with unknown columns is refused with one line."""
     content = json.loads(text)
@@ -181,17 +194,9 @@ def save(result: Result, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.suite}.json"
     _keep_earlier(path, result)
-    _replace(path, to_json(result))
-    temporary = folder / f".{result.suite}.csv"
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = [column.name for column in fields(Row)]
-        writer.writerow([*names, "device", "commit"])
-        for row in result.rows:
-            values = [_rounded(getattr(row, name)) for name in names]
-            writer.writerow([*values, result.device, result.environment.get("commit")])
-    temporary.replace(folder / f"{result.suite}.csv")
-    _replace(folder / f"{result.suite}.md", markdown(result))
+    write_whole(path, to_json(result))
+    write_whole(folder / f"{result.suite}.csv", to_csv(result))
+    write_whole(folder / f"{result.suite}.md", markdown(result))
     return path
 
 
@@ -210,15 +215,31 @@ def _keep_earlier(path: Path, result: Result) -> None:
         )
     if started == result.environment.get("started") or result.quick:
         return
+    _set_aside(path, started)
+
+
+def keep_earlier(path: Path) -> None:
+    """Move what another run of any command left at `path` to earlier/<when it started>-<its name>."""
+    if path.exists():
+        try:
+            started = json.loads(path.read_text())["environment"]["started"]
+        except (KeyError, TypeError, ValueError):
+            started = "unknown"
+        _set_aside(path, started)
+
+
+def _set_aside(path: Path, started: object) -> None:
     stamp = re.sub(r"[^0-9A-Za-z]+", "-", str(started).partition("+")[0])
     kept = path.parent / EARLIER / f"{stamp}-{path.name}"
     kept.parent.mkdir(exist_ok=True)
     path.replace(kept)
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file whole or not at all; two runs may write the same one, and the later stays."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    with temporary.open("w", newline="") as file:
+        file.write(text)
     temporary.replace(path)
 
 

@@ -27,7 +27,7 @@ from padfree_bench.check import Truth, compute_truth, relative_error
 from padfree_bench.cli import positive_minutes
 from padfree_bench.inputs import make_inputs
 from padfree_bench.processes import stop_on_sigterm
-from padfree_bench.results import RESULTS, DeviceLost
+from padfree_bench.results import RESULTS, DeviceLost, keep_earlier
 from padfree_bench.timing import Call, Effort, capture_graph, measure, own_stream
 from padfree_bench.tune_candidates import (
     ARCH,
@@ -189,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Answer the questions, saved one by one; status 2 with one line for a wrong argument, 1 for a lost GPU."""
+    """Answer the questions, saved one by one; status 2 with one line for a wrong argument, 1 for a lost GPU or none answered."""
     options, device = parser().parse_args(argv), machine.pick_device()
     on_gpu, deadline = device.type == "cuda", time.monotonic() + options.minutes * 60
     jobs = options.jobs or min(16, machine.usable_cores())
@@ -206,7 +206,9 @@ def main(argv: list[str]) -> int:
             compile_beforehand(offered, jobs, deadline)
             if (arch := _configs.architecture(device)) != ARCH:
                 raise ValueError(f"candidates are screened for sm_{ARCH}, this GPU is sm_{arch}")
-        answer(offered, device, deadline, options.output, argv)
+        if not answer(offered, device, deadline, options.output, argv):
+            print("python -m bench tune: no question was answered in the time given", file=sys.stderr)
+            return 1
     except ValueError as error:
         print(f"python -m bench tune: {error}", file=sys.stderr)
         return 2
@@ -230,7 +232,8 @@ def compile_beforehand(offered: dict[Question, list[Found]], jobs: int, deadline
 
 def answer(
     offered: dict[Question, list[Found]], device: torch.device, deadline: float, output: Path, argv: list[str]
-) -> None:
+) -> int:
+    """Answer what the time allows; returns how many questions that were, and leaves no other run's file."""
     on_gpu = device.type == "cuda"
     path = output / machine.device_slug(device) / "tune.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +243,8 @@ def answer(
         "environment": machine.environment(device, ["tune", *argv]),
         "not_reached": [str(question) for question in offered], "answers": answers, "rows": list[Found](),
     }  # fmt: skip
+    keep_earlier(path)
+    write_lines(path, content)
     with own_stream(device):
         for question, rows in offered.items():
             try:
@@ -253,6 +258,7 @@ def answer(
             write_lines(path, content)
             print(line(answers[-1]), flush=True)
     print(f"{len(answers)} of {len(offered)} rows, {content['basis']}: {path}", file=sys.stderr)
+    return len(answers)
 
 
 def line(a: Found) -> str:

@@ -4,7 +4,6 @@ A question is one pass over one case of the benchmark. `screen` compiles every t
 a try for sm_90, each in a process of its own, and keeps the few that the cost model ranks first.
 """
 
-import contextlib
 import json
 import os
 import resource
@@ -34,7 +33,8 @@ from padfree_bench.aot_calls import KERNELS
 from padfree_bench.cases import DTYPES, Case, parse_case
 from padfree_bench.cost_model import costs_of, occupancy, predict
 from padfree_bench.inputs import Inputs
-from padfree_bench.processes import die_with_parent
+from padfree_bench.processes import children_die_too, die_with_parent
+from padfree_bench.results import write_whole
 
 ARCH = 90
 PASSES = ("forward", "query_gradient", "key_gradient")
@@ -168,12 +168,11 @@ class Child:
         self.answer, end = get_context("fork").Pipe(duplex=False)
         self.process = get_context("fork").Process(target=self._run, args=(end, function, seconds))
         self.process.start()
-        self.pid = int(self.process.pid or -1)
         end.close()
 
     def _run(self, end: Any, function: Callable[[Item], Found], seconds: int) -> None:
-        os.setsid()
         die_with_parent()
+        children_die_too()
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
@@ -183,18 +182,12 @@ class Child:
         except Exception as error:  # noqa: BLE001 - a compiler fails in many ways; each is a reason
             end.send({"refused": first_line(error)})
 
-    def kill(self) -> None:
-        """With the assembler that it may have started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.process.kill()
-
     def outcome(self) -> Found | None:
         """None while it runs."""
         if late := self.process.is_alive():
             if time.monotonic() < self.until:
                 return None
-            self.kill()
+            self.process.kill()
         self.process.join()
         try:
             return self.answer.recv()
@@ -230,7 +223,7 @@ def in_children(
             time.sleep(0.01)
     finally:
         for child in running:
-            child.kill()
+            child.process.kill()
 
 
 def shortlist(current: Config, found: list[Found]) -> list[Found]:
@@ -277,11 +270,9 @@ def read_candidates(path: Path) -> list[Found]:
 
 
 def write_lines(path: Path, content: dict[str, Any]) -> None:
-    """JSON with one entry of a list a line; the file is replaced whole or not at all."""
+    """JSON with one entry of a list a line."""
     parts = []
     for name, value in content.items():
         lines = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else ""
         parts.append(f' "{name}": ' + (f"[\n  {lines}\n ]" if lines else json.dumps(value)))
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    temporary.replace(path)
+    write_whole(path, "{\n" + ",\n".join(parts) + "\n}\n")

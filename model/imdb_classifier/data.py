@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 import signal
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +88,8 @@ def tokenize(
 
 def _write_whole(path: Path, content: bytes) -> None:
     """Write beside the final name and rename, so that a killed run leaves no half file."""
-    # The process in its name, since another one may be making the same file.
-    building = path.with_name(f".building-{os.getpid()}-{path.name}")
+    # A name of its own, since another process, or one of the same number elsewhere, may be making the same file.
+    building = path.with_name(f".building-{uuid.uuid4().hex[:12]}-{path.name}")
     try:
         building.write_bytes(content)
         building.replace(path)

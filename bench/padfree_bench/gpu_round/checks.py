@@ -17,6 +17,7 @@ from torch import Tensor
 from padfree import _configs, attention, testing
 from padfree.api import Impl
 from padfree_bench.gpu_round import agreement
+from padfree_bench.gpu_round.steps import REHEARSE
 from padfree_bench.machine import pick_device
 from padfree_bench.processes import die_with_parent
 from padfree_bench.timing import capture_graph, own_stream
@@ -174,7 +175,14 @@ def main() -> int:
     die_with_parent()  # which may be compute-sanitizer
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("name", choices=CHECKS)
-    check, device = CHECKS[options.parse_args().name], pick_device()
+    options.add_argument(
+        REHEARSE, action="store_true", help="without a GPU: the reference in the kernel's place"
+    )
+    given, device = options.parse_args(), pick_device()
+    check = CHECKS[given.name]
+    if device.type != "cuda" and not given.rehearse:
+        print("this process finds no CUDA GPU")
+        return 1
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
     with own_stream(device):

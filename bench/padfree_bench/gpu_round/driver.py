@@ -27,13 +27,15 @@ from padfree_bench.gpu_round.steps import (
     ROOT,
     Round,
     Step,
+    our_environment,
     round_on_a_cpu,
     worker,
 )
 from padfree_bench.processes import die_with_parent, run_limited, stop_on_sigterm
-from padfree_bench.results import NOT_RUN, RESULTS
+from padfree_bench.results import NOT_RUN, RESULTS, keep_earlier, write_whole
 
 PASSED, FAILED, TIMED_OUT, REHEARSED = "passed", "failed", "timed out", "rehearsed"
+INCOMPLETE = "incomplete"
 LOG_BYTES = 200_000
 
 
@@ -49,11 +51,9 @@ class Outcome:
 
 
 def environment(around: Round, step: Step) -> dict[str, str]:
-    """Our own folders first, one compile cache for all steps, nothing kept back in a buffer."""
-    folders = [str(ROOT / folder) for folder in ("kernels", "model", "bench")]
+    """One compile cache for all steps, nothing kept back in a buffer, no interpreter."""
     return {
-        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        "PYTHONPATH": os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        **{name: value for name, value in our_environment().items() if name != "TRITON_INTERPRET"},
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": str(around.cache),
         "TOKENIZERS_PARALLELISM": "false",
@@ -92,35 +92,49 @@ def run_step(around: Round, step: Step, seconds: float) -> Outcome:
     log.write_text(text[-LOG_BYTES:])
     lines = [line for line in text.splitlines() if line.strip()]
     outcome.details = next((found for line in reversed(lines) if (found := _json(line)) is not None), {})
-    untimed: list[str] = []
+    suite = Suite()
     if step.result:
-        outcome.details, untimed = figures(
-            around.suites / f"{step.result}.json", time.time() - outcome.seconds
-        )
+        suite = figures(around.suites / f"{step.result}.json", time.time() - outcome.seconds)
+        outcome.details = suite.figures
     if status is None:
         outcome.status = TIMED_OUT
         outcome.reason = f"stopped after {limit:.0f} s; what it had written is kept"
     elif status:
         said = [line for line in lines if _json(line) is None]
         outcome.status, outcome.reason = FAILED, f"status {status}: {' / '.join(said[-3:])[:600]}"
-    elif untimed and around.on_gpu:
-        outcome.status, outcome.reason = FAILED, f"padfree has no figure: {'; '.join(untimed)[:600]}"
+    elif step.result and not suite.figures:
+        outcome.status, outcome.reason = FAILED, f"{step.result}.json has no figure of this run"
+    elif suite.untimed and around.on_gpu:
+        outcome.status, outcome.reason = FAILED, f"padfree has no figure: {'; '.join(suite.untimed)[:600]}"
+    elif suite.not_reached and around.on_gpu:
+        outcome.status, outcome.reason = INCOMPLETE, f"not reached: {', '.join(suite.not_reached)[:600]}"
     return outcome
 
 
-def figures(path: Path, since: float) -> tuple[dict[str, Any], list[str]]:
-    """({case and direction: {peer: ms, as a graph where there is one}}, our own rows without a figure) of a suite's file."""
+@dataclass
+class Suite:
+    """What a suite's file says: {case and direction: {peer: ms, as a graph where there is one}}, our own rows without a
+    figure, and cases that the time did not reach."""
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    untimed: list[str] = field(default_factory=list)
+    not_reached: list[str] = field(default_factory=list)
+
+
+def figures(path: Path, since: float) -> Suite:
+    """Read a suite's file; one that was written before `since` is another run's."""
+    found = Suite()
     if not path.is_file() or path.stat().st_mtime < since - 1:
-        return {}, []
-    found: dict[str, Any] = {}
-    untimed: list[str] = []
-    for row in json.loads(path.read_text())["rows"]:
+        return found
+    content = json.loads(path.read_text())
+    found.not_reached = content["not_reached"]
+    for row in content["rows"]:
         place = f"{row['case']} {row['direction']}"
         if (ms := row.get("graph_ms") or row.get("ms_p50") or row.get("peak_mib")) is not None:
-            found.setdefault(place, {})[row["peer"]] = ms
+            found.figures.setdefault(place, {})[row["peer"]] = ms
         elif row["status"] == NOT_RUN and "padfree" in row["peer"]:
-            untimed.append(f"{place} {row['peer']}: {row.get('reason')}")
-    return found, untimed
+            found.untimed.append(f"{place} {row['peer']}: {row.get('reason')}")
+    return found
 
 
 def _json(line: str) -> dict[str, Any] | None:
@@ -139,7 +153,7 @@ def verdict_of(outcomes: list[Outcome], steps: list[Step], on_gpu: bool) -> str:
         return "unfinished"
     if not on_gpu:
         return REHEARSED
-    return PASSED if all(outcome.status == PASSED for outcome in outcomes) else "incomplete"
+    return PASSED if all(outcome.status == PASSED for outcome in outcomes) else INCOMPLETE
 
 
 def save(
@@ -155,9 +169,7 @@ def save(
         "steps": [asdict(outcome) for outcome in outcomes],
         "not_reached": [step.name for step in steps[len(outcomes) :]],
     }
-    temporary = around.folder / f".round-{part}.json"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(around.folder / f"round-{part}.json")
+    write_whole(around.folder / f"round-{part}.json", json.dumps(content, indent=1) + "\n")
     return verdict
 
 
@@ -166,17 +178,16 @@ def archive(folder: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}")
     with tarfile.open(temporary, "w:gz") as tar:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
+            if path.is_file() and not path.name.startswith(".") and path != target.resolve():
                 tar.add(path, Path(folder.name) / path.relative_to(folder))
     temporary.replace(target)
 
 
 def look_around(output: Path) -> tuple[Round, dict[str, Any]]:
     """Ask a process what machine this is: torch takes seconds to import, and this one must stay light."""
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "model", "bench"))
     try:
         asked = subprocess.run(
-            worker("padfree_bench.gpu_round.versions"), cwd=ROOT, env={**os.environ, "PYTHONPATH": paths},
+            worker("padfree_bench.gpu_round.versions"), cwd=ROOT, env=our_environment(),
             capture_output=True, text=True, timeout=60, check=False, preexec_fn=die_with_parent,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
@@ -221,6 +232,8 @@ def run_part(part: str, output: Path, packed: Path | None, only: list[str] | Non
             archive(around.folder, packed)
         return verdict
 
+    if any(step.name == "tune" for step in steps):
+        keep_earlier(around.folder / "tune.json")  # another run's rows are not this one's
     verdict = keep()
     for step in steps:
         left = PART_SECONDS[part] - OVERHEAD_SECONDS / 2 - (time.monotonic() - begin)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from padfree_bench.gpu_round.carry import pack
-from padfree_bench.gpu_round.steps import CARRY, ROOT, worker
+from padfree_bench.gpu_round.steps import CARRY, ROOT, our_environment, worker
 
 REVIEWS, SEED = 4000, 0
 # What a copy of the tree may weigh: files that git knows or would add, and .carry/.
@@ -77,8 +77,7 @@ def compile_all() -> int:
     with tempfile.TemporaryDirectory() as stub:
         subprocess.run(["gcc", "-shared", "-o", f"{stub}/libcuda.so.1", "-x", "c", os.devnull], check=False)
         environment = {
-            **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-            "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "model", "bench")),
+            **{name: value for name, value in our_environment().items() if name != "TRITON_INTERPRET"},
             "TRITON_CACHE_DIR": str(cache),
             "TRITON_LIBCUDA_PATH": stub,
         }
@@ -111,8 +110,7 @@ def carry_reviews(reviews: Path, tokenizer: Path) -> int:
             "--cache-dir", str(CARRY / "tokens"), "--preset", "notebook", "--epochs", "1", "--no-fused", "--cpu",
             "--output-dir", f"{scratch}/run",
         )  # fmt: skip
-        paths = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "model"))
-        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+        environment = {**our_environment(), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
         return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

@@ -1,5 +1,6 @@
 """What the two parts of the GPU round do, the most valuable first, each step within a limit of its own."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -106,9 +107,9 @@ def smoke(around: Round) -> list[Step]:
     """Is it right, does it repeat, and the first figures."""
     return [
         Step("warm", "kernels compiled side by side into one cache", 60, warm("smoke", around)),
-        Step("agreement", "every row, feature and pattern of padding against fp64 on this device", 50, worker(CHECKS, "agreement")),
-        Step("repeats", "thousands of bitwise equal results under load, launched and replayed", 30, worker(CHECKS, "repeats")),
-        Step("graph", "a graph replayed on new inputs while another stream allocates", 12, worker(CHECKS, "graph"), True),
+        Step("agreement", "every row, feature and pattern of padding against fp64 on this device", 50, check("agreement", around)),
+        Step("repeats", "thousands of bitwise equal results under load, launched and replayed", 30, check("repeats", around)),
+        Step("graph", "a graph replayed on new inputs while another stream allocates", 12, check("graph", around), True),
         Step("headline", "the two headline cases, first figures", 60,
              attention(around, "smoke", HEADLINE, "--peers", FIRST_PEERS), result="attention-smoke"),
     ]  # fmt: skip
@@ -138,6 +139,17 @@ def main(around: Round) -> list[Step]:
         Step("more", "attention: fp16, fp32, long sequences", 25,
              attention(around, "more", more, "--peers", FIRST_PEERS), result="attention-more"),
     ]  # fmt: skip
+
+
+def our_environment() -> dict[str, str]:
+    """This process's, with our own folders before what else Python finds."""
+    folders = [str(ROOT / folder) for folder in ("kernels", "model", "bench")]
+    paths = [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def check(name: str, around: Round) -> tuple[str, ...]:
+    return worker(CHECKS, name, *rehearsed(around))
 
 
 def warm(what: str, around: Round) -> tuple[str, ...]:
