@@ -87,8 +87,7 @@ bench: $(VENV)/.test ## every benchmark this machine can run, in its quick form
 	$(BIN)/python -m bench report
 
 gpu-round: ## on a GPU: both parts of bench/README.md's round, a quarter of an hour (DEVICE_PYTHON=python3)
-	$(DEVICE_PYTHON) -m bench gpu-round --part smoke
-	$(DEVICE_PYTHON) -m bench gpu-round --part main
+	$(DEVICE_PYTHON) -m bench gpu-round --part smoke; smoke=$$?; $(DEVICE_PYTHON) -m bench gpu-round --part main && exit $$smoke
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs build *.egg-info

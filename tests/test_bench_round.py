@@ -194,6 +194,71 @@ def test_a_kill_in_the_middle_leaves_whole_files_and_no_children(tmp_path: Path)
     wait_for(lambda: not any(is_running(int(pid)) for pid in pids))
 
 
+def test_some_steps_run_anew_and_the_others_are_kept(around: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = {"one": "print(1)", "two": "import sys; sys.exit(1)"}
+    monkeypatch.setattr(driver, "look_around", lambda _: (around, {"device": "stand-in", "commit": "c"}))
+    monkeypatch.setitem(
+        driver.PARTS, "smoke", lambda _: [python(text, name) for name, text in programs.items()]
+    )
+    archive = around.output / "back.tar.gz"
+
+    def run(*only: str) -> tuple[int, str, dict[str, str]]:
+        status = driver.run_part("smoke", around.output, archive, list(only) or None)
+        content = json.loads((around.folder / "round-smoke.json").read_text())
+        return status, content["verdict"], {step["name"]: step["status"] for step in content["steps"]}
+
+    assert run("one") == (0, "unfinished", {"one": "rehearsed"})
+    assert run("two") == (1, "failed", {"one": "rehearsed", "two": "failed"})
+    programs["two"] = "print(2)"
+    assert run("two") == (0, "rehearsed", {"one": "rehearsed", "two": "rehearsed"})
+    programs["one"] = "import sys; sys.exit(1)"
+    assert run() == (1, "failed", {"one": "failed", "two": "rehearsed"})
+
+
+def test_what_a_step_saves_is_packed_before_it_ends(around: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "PACK_SECONDS", 0.1)
+    around.suites.mkdir(parents=True)
+    (around.suites / "attention-table.json").write_text("{}")
+    target = around.output / "back.tar.gz"
+    with driver.packing(around, target):
+        wait_for(target.exists)
+    with tarfile.open(target) as tar:
+        assert tar.getnames() == ["card-quick/attention-table.json"]
+
+
+def test_a_disk_that_is_full_costs_no_later_step(
+    around: Round, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driver, "look_around", lambda _: (around, {"device": "stand-in"}))
+    monkeypatch.setitem(
+        driver.PARTS, "smoke", lambda _: [python("print(1)", "one"), python("print(2)", "two")]
+    )
+    write, calls = driver.write_whole, iter(range(9))
+
+    def full_once(path: Path, text: str) -> None:
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(driver, "write_whole", full_once)
+    assert driver.run_part("smoke", around.output, None, None) == 1
+    assert "failed    one" in (said := capsys.readouterr().out) and "No space left" in said
+    assert "rehearsed two" in said
+
+
+@pytest.mark.parametrize("steps_asked", ("", " ,"))
+def test_no_step_asked_for_is_one_line(steps_asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert driver.main(["--part", "smoke", "--steps", steps_asked]) == 2
+    assert "got nothing" in capsys.readouterr().err
+
+
+def test_an_archive_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path, tmp_path / "a.zip"):
+        assert driver.main(["--part", "smoke", "--archive", str(path)]) == 2
+        assert "must be a .tar.gz" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert driver.main(["--part", "smoke", "--steps", "warm,wram"]) == 2
     assert "got wram" in capsys.readouterr().err

@@ -238,9 +238,12 @@ def _set_aside(path: Path, started: object) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Replace a file whole or not at all; two runs may write the same one, and the later stays."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    with temporary.open("w", newline="") as file:
-        file.write(text)
-    temporary.replace(path)
+    try:
+        with temporary.open("w", newline="") as file:
+            file.write(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 COLUMNS: dict[str, str] = {

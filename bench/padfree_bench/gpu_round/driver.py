@@ -15,7 +15,9 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from padfree_bench.results import NOT_RUN, RESULTS, keep_earlier, write_whole
 PASSED, FAILED, TIMED_OUT, REHEARSED = "passed", "failed", "timed out", "rehearsed"
 INCOMPLETE = "incomplete"
 LOG_BYTES = 200_000
+PACK_SECONDS = 10
 
 
 @dataclass
@@ -157,9 +160,10 @@ def verdict_of(outcomes: list[Outcome], steps: list[Step], on_gpu: bool) -> str:
 
 
 def save(
-    around: Round, part: str, versions: dict[str, Any], steps: list[Step], outcomes: list[Outcome]
+    around: Round, part: str, versions: dict[str, Any], steps: list[Step], known: dict[str, Outcome]
 ) -> str:
     """Write the state of the part whole or not at all; returns its verdict."""
+    outcomes = [known[step.name] for step in steps if step.name in known]
     verdict = verdict_of(outcomes, steps, around.on_gpu)
     content = {
         "kind": "gpu-round",
@@ -167,20 +171,56 @@ def save(
         "verdict": verdict,
         "environment": versions,
         "steps": [asdict(outcome) for outcome in outcomes],
-        "not_reached": [step.name for step in steps[len(outcomes) :]],
+        "not_reached": [step.name for step in steps if step.name not in known],
     }
     write_whole(around.folder / f"round-{part}.json", json.dumps(content, indent=1) + "\n")
     return verdict
 
 
-def archive(folder: Path, target: Path) -> None:
-    """Pack the card's folder, whole or not at all."""
+def archive(around: Round, target: Path) -> None:
+    """Pack the card's folder, and in a rehearsal the suites' own, whole or not at all."""
     temporary = target.with_name(f".{target.name}")
-    with tarfile.open(temporary, "w:gz") as tar:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.startswith(".") and path != target.resolve():
-                tar.add(path, Path(folder.name) / path.relative_to(folder))
-    temporary.replace(target)
+    try:
+        with tarfile.open(temporary, "w:gz") as tar:
+            for folder in dict.fromkeys((around.folder, around.suites)):
+                for path in sorted(folder.rglob("*")):
+                    if path.is_file() and not path.name.startswith(".") and path != target.resolve():
+                        tar.add(path, Path(folder.name) / path.relative_to(folder))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def packing(around: Round, target: Path | None) -> Iterator[None]:
+    """Pack now and then meanwhile: where only the archive comes home, a kill must not cost a whole step."""
+    over = threading.Event()
+
+    def pack() -> None:
+        while target is not None and not over.wait(PACK_SECONDS):
+            with contextlib.suppress(
+                OSError, tarfile.TarError
+            ):  # a file moved away meanwhile: the next one has it
+                archive(around, target)
+
+    thread = threading.Thread(target=pack)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def outcomes_before(path: Path, commit: object) -> dict[str, Outcome]:
+    """What an earlier call of the same commit left of a part, for a call that runs some steps anew."""
+    try:
+        content = json.loads(path.read_text())
+        if content["environment"]["commit"] != commit:
+            return {}
+        return {step["name"]: Outcome(**step) for step in content["steps"]}
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def look_around(output: Path) -> tuple[Round, dict[str, Any]]:
@@ -200,11 +240,9 @@ def look_around(output: Path) -> tuple[Round, dict[str, Any]]:
     return Round(output, folder, cache, found["device_type"] == "cuda"), found
 
 
-def table(steps: list[Step], outcomes: list[Outcome]) -> str:
+def table(steps: list[Step], known: dict[str, Outcome]) -> str:
     """What was done, skipped and why, a line a step; then the suites' figures of our own and SDPA, a line a case."""
-    outcomes = outcomes + [
-        Outcome(step.name, NOT_RUN, reason="not reached") for step in steps[len(outcomes) :]
-    ]
+    outcomes = [known.get(step.name, Outcome(step.name, NOT_RUN, reason="not reached")) for step in steps]
     lines = [
         f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s of {step.seconds:3}  {outcome.reason or step.summary}"
         for step, outcome in zip(steps, outcomes, strict=True)
@@ -222,30 +260,44 @@ def run_part(part: str, output: Path, packed: Path | None, only: list[str] | Non
     begin = time.monotonic()
     around, versions = look_around(output)
     around.folder.mkdir(parents=True, exist_ok=True)
-    steps = [step for step in PARTS[part](around) if only is None or step.name in only]
-    outcomes: list[Outcome] = []
+    steps, record = PARTS[part](around), around.folder / f"round-{part}.json"
+    asked = [step for step in steps if only is None or step.name in only]
+    before = outcomes_before(record, versions.get("commit")) if only else {}
+    known = {name: outcome for name, outcome in before.items() if name not in {step.name for step in asked}}
     print(f"{part} on {versions['device']}: {json.dumps(versions.get('compiler'))}", flush=True)
+    if missing := versions.get("not_installed"):
+        print(f"not installed, what needs it will fail: {', '.join(missing)}", flush=True)
+    if not only:
+        keep_earlier(record)
+    if any(step.name == "tune" for step in asked):
+        keep_earlier(around.folder / "tune.json")  # another run's rows are not this one's
 
     def keep() -> str:
-        verdict = save(around, part, versions, steps, outcomes)
+        verdict = save(around, part, versions, steps, known)
         if packed is not None:
-            archive(around.folder, packed)
+            archive(around, packed)
         return verdict
 
-    if any(step.name == "tune" for step in steps):
-        keep_earlier(around.folder / "tune.json")  # another run's rows are not this one's
     verdict = keep()
-    for step in steps:
+    for index, step in enumerate(asked):
         left = PART_SECONDS[part] - OVERHEAD_SECONDS / 2 - (time.monotonic() - begin)
-        outcomes.append(outcome := run_step(around, step, allowed(step, steps[len(outcomes) + 1 :], left)))
-        verdict = keep()
+        try:
+            with packing(around, packed):
+                outcome = run_step(around, step, allowed(step, asked[index + 1 :], left))
+            known[step.name] = outcome
+            verdict = keep()
+        except OSError as error:
+            # A full disk: the figures of later steps may still be small enough, or are seen on the screen.
+            outcome = known.setdefault(step.name, Outcome(step.name, FAILED))
+            outcome.status, outcome.reason = FAILED, f"cannot write: {error}"
         said = (
             f"{outcome.status:9} {step.name:14} {outcome.seconds:6.1f} s  {outcome.reason or outcome.details}"
         )
         print(said[:300], flush=True)
-    print(f"\n{table(steps, outcomes)}")
-    print(f"{verdict}: {around.folder / f'round-{part}.json'}, {time.monotonic() - begin:.0f} s in all")
-    return 0 if verdict in (PASSED, REHEARSED) else 1
+    print(f"\n{table(steps, known)}")
+    print(f"{verdict}: {record}, {time.monotonic() - begin:.0f} s in all")
+    done = [known[step.name] for step in asked]
+    return 0 if verdict_of(done, asked, around.on_gpu) in (PASSED, REHEARSED) else 1
 
 
 def allowed(step: Step, later: list[Step], left: float) -> float:
@@ -264,9 +316,13 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=RESULTS, help="folder for results (default: bench/results)"
     )
     options.add_argument(
-        "--archive", type=Path, help="pack the card's folder into this .tar.gz after every step"
+        "--archive",
+        type=Path,
+        help="pack the card's folder into this .tar.gz, every 10 s and after every step",
     )
-    options.add_argument("--steps", help="names by comma; all when left out")
+    options.add_argument(
+        "--steps", help="names by comma, what others found before is kept; all when left out"
+    )
     options.add_argument(
         "--reviews", type=Path, help="prepare: a .parquet of reviews (text, label) to take 4,000 from"
     )
@@ -282,12 +338,17 @@ def main(argv: list[str]) -> int:
         from padfree_bench.gpu_round.prepare import prepare
 
         return prepare(options.reviews, options.tokenizer)
-    only = options.steps.split(",") if options.steps else None
+    only = [name.strip() for name in options.steps.split(",")] if options.steps is not None else None
     known = [step.name for step in PARTS[options.part](round_on_a_cpu())]
     if unknown := set(only or ()) - set(known):
         print(
-            f"python3 -m bench gpu-round: steps must be of {', '.join(known)}, got {', '.join(sorted(unknown))}",
+            f"python3 -m bench gpu-round: steps must be of {', '.join(known)}, got {', '.join(sorted(unknown)) or 'nothing'}",
             file=sys.stderr,
+        )
+        return 2
+    if options.archive and (options.archive.is_dir() or not options.archive.name.endswith(".tar.gz")):
+        print(
+            f"python3 -m bench gpu-round: --archive must be a .tar.gz, got {options.archive}", file=sys.stderr
         )
         return 2
     if options.archive:

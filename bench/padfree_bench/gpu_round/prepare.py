@@ -15,6 +15,7 @@ from pathlib import Path
 
 from padfree_bench.gpu_round.carry import pack
 from padfree_bench.gpu_round.steps import CARRY, ROOT, our_environment, worker
+from padfree_bench.processes import die_with_parent
 
 REVIEWS, SEED = 4000, 0
 # What a copy of the tree may weigh: files that git knows or would add, and .carry/.
@@ -33,7 +34,14 @@ def prepare(reviews: Path | None, tokenizer: Path | None) -> int:
             print(f"python3 -m bench gpu-round: {path} is no such file or folder", file=sys.stderr)
             return 2
     CARRY.mkdir(exist_ok=True)
-    write_commit()
+    try:
+        write_commit()
+    except (OSError, subprocess.CalledProcessError):
+        print(
+            "python3 -m bench gpu-round: prepare needs git and a clone: it carries the commit",
+            file=sys.stderr,
+        )
+        return 2
     failed = compile_all()
     if reviews is not None and tokenizer is not None:
         failed += carry_reviews(reviews, tokenizer)
@@ -73,7 +81,6 @@ def cache_folder() -> Path:
 def compile_all() -> int:
     """Compile both parts' kernels and pack them; a launcher is linked against a libcuda that need not be there."""
     packed, cache = CARRY / "triton-cache.tar.xz", cache_folder()
-    packed.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as stub:
         subprocess.run(["gcc", "-shared", "-o", f"{stub}/libcuda.so.1", "-x", "c", os.devnull], check=False)
         environment = {
@@ -85,8 +92,9 @@ def compile_all() -> int:
         for part in ("smoke", "main"):
             print(f"compiling {part}", flush=True)
             done = subprocess.run(
-                worker("padfree_bench.gpu_round.warm", part, "--last"), cwd=ROOT, env=environment, check=False
-            )
+                worker("padfree_bench.gpu_round.warm", part, "--last"), cwd=ROOT, env=environment, check=False,
+                preexec_fn=die_with_parent,
+            )  # fmt: skip
             status |= done.returncode
     print(f"{pack(cache, packed)} files of kernels packed")
     return status
@@ -111,7 +119,9 @@ def carry_reviews(reviews: Path, tokenizer: Path) -> int:
             "--output-dir", f"{scratch}/run",
         )  # fmt: skip
         environment = {**our_environment(), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
-        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, check=False, preexec_fn=die_with_parent
+        ).returncode
 
 
 def size_of(paths: list[Path]) -> float:

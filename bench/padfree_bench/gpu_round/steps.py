@@ -130,7 +130,7 @@ def main(around: Round) -> list[Step]:
              attention(around, "table", table), False, tuned, result="attention-table"),
         Step("train-step", "a training step: the notebook's loop against ours", 60,
              suite(around, "train", "round", "--dtypes", "bf16"), False, tuned, result="train-round"),
-        Step("epoch-padfree", "imdb-train on reviews, fused, the second of two epochs", 30, epochs("padfree", around), needs_folder=reviews),
+        Step("epoch-padfree", f"imdb-train on reviews, {'fused' if around.on_gpu else 'SDPA in its place'}, the second of two epochs", 30, epochs("padfree", around), needs_folder=reviews),
         Step("epoch-sdpa", "imdb-train on the same reviews, SDPA", 20, epochs("sdpa", around), needs_folder=reviews),
         Step("memory", "what a call holds at its peak", 20,
              suite(around, "memory", "round", "--shapes", ",".join(MEMORY), "--peers", FIRST_PEERS), result="memory-round"),

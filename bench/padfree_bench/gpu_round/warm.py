@@ -233,7 +233,9 @@ def main() -> int:
     if chosen.rehearse and summary:
         whole = summary["core_seconds"] * len(todo) / summary["items"]
         print(json.dumps(summary | {"all_items": len(todo), "predicted_seconds_on_16_cores": whole / 16}))
-    return 1 if summary.get("failed") else 0
+    if failed := summary.get("failed"):
+        print(f"{len(failed)} of {summary['items']} calls did not compile; the first: {failed[0]}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
