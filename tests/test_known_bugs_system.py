@@ -137,6 +137,33 @@ def test_a_fresh_process_computes_the_same_bytes() -> None:
     assert first.stdout == second.stdout
 
 
+KEYS = """
+import sys
+from padfree import _forward, _key_gradient, _launch, _query_gradient
+kernels = {
+    "f": _forward.attention_forward_kernel,
+    "q": _query_gradient.query_gradient_kernel,
+    "k": _key_gradient.key_gradient_kernel,
+}
+if sys.argv[2:]:
+    _launch.settle_cache_keys()
+print(sorted((name, kernels[name].cache_key) for name in sys.argv[1]))
+"""
+
+
+def test_a_kernels_key_on_disk_does_not_depend_on_which_came_first(tmp_path: Path) -> None:
+    """Triton 3.6 and 3.7 merge what a callee uses before it was hashed: what one process compiled, another missed."""
+
+    def keys(order: str, *settled: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", KEYS, order, *settled], check=True, capture_output=True, text=True,
+            env=compiler_environment(tmp_path),
+        ).stdout  # fmt: skip
+
+    assert len({keys(order, "settled") for order in ("fqk", "qkf", "kfq")}) == 1
+    assert keys("fqk") != keys("qkf"), "Triton has mended it: settle_cache_keys can go"
+
+
 def test_every_key_of_the_table_has_a_fallback_for_any_length() -> None:
     """vllm#42425: the configuration is a function of pass, dtype, head_dim and length, and of nothing measured."""
     for passname in {key[0] for key in TABLE}:

@@ -3,16 +3,31 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from padfree import _tiles
 from padfree._configs import Config, choose, padded_head_dim
 
 OPEN = -1
 MAX_PROGRAMS = 2**31 - 1
 LOG2E = math.log2(math.e)
+
+
+@cache
+def settle_cache_keys() -> None:
+    """Let Triton hash the shared device functions in one order, before any kernel.
+
+    A kernel's key on disk depends on whether its callees were hashed before it (Triton 3.6 and 3.7: `_update_hash` reads
+    a callee's constants before it has looked for them), so a process that starts with another kernel would compile anew.
+    """
+    for function in vars(_tiles).values():
+        if isinstance(function, triton.JITFunction):
+            _ = function.cache_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +123,7 @@ class Call:
         """
         padding, attn_mask = self.padding, self.attn_mask
         head_dim = self.query.shape[3]
+        settle_cache_keys()
         return {
             "q_ptr": self.query,
             "k_ptr": self.key,
