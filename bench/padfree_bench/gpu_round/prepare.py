@@ -92,7 +92,7 @@ def compile_all() -> int:
         for part in ("smoke", "main"):
             print(f"compiling {part}", flush=True)
             done = subprocess.run(
-                worker("padfree_bench.gpu_round.warm", part, "--last"), cwd=ROOT, env=environment, check=False,
+                worker("padfree_bench.gpu_round.warm", part, "--prepare"), cwd=ROOT, env=environment, check=False,
                 preexec_fn=die_with_parent,
             )  # fmt: skip
             status |= done.returncode

@@ -225,11 +225,12 @@ def main() -> int:
         steps.REHEARSE, action="store_true", help="a few of the items, and what all would take"
     )
     options.add_argument("--jobs", type=int, default=min(16, len(os.sched_getaffinity(0))))
-    options.add_argument("--last", action="store_true", help="print the last line only")
+    options.add_argument("--prepare", action="store_true", help="from nothing, and print the last line only")
     chosen = options.parse_args()
-    take_along()
+    if not chosen.prepare:
+        take_along()
     todo = items(chosen.part)
-    summary = warm(todo[::SOME] if chosen.rehearse else todo, chosen.jobs, chosen.last)
+    summary = warm(todo[::SOME] if chosen.rehearse else todo, chosen.jobs, chosen.prepare)
     if chosen.rehearse and summary:
         whole = summary["core_seconds"] * len(todo) / summary["items"]
         print(json.dumps(summary | {"all_items": len(todo), "predicted_seconds_on_16_cores": whole / 16}))
