@@ -54,9 +54,9 @@ class Outcome:
 
 
 def environment(around: Round, step: Step) -> dict[str, str]:
-    """One compile cache for all steps, nothing kept back in a buffer, no interpreter."""
+    """One compile cache for all steps, nothing kept back in a buffer."""
     return {
-        **{name: value for name, value in our_environment().items() if name != "TRITON_INTERPRET"},
+        **our_environment(),
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": str(around.cache),
         "TOKENIZERS_PARALLELISM": "false",

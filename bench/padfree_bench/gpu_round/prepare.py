@@ -84,7 +84,7 @@ def compile_all() -> int:
     with tempfile.TemporaryDirectory() as stub:
         subprocess.run(["gcc", "-shared", "-o", f"{stub}/libcuda.so.1", "-x", "c", os.devnull], check=False)
         environment = {
-            **{name: value for name, value in our_environment().items() if name != "TRITON_INTERPRET"},
+            **our_environment(),
             "TRITON_CACHE_DIR": str(cache),
             "TRITON_LIBCUDA_PATH": stub,
         }

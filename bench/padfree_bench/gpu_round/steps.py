@@ -142,10 +142,11 @@ def main(around: Round) -> list[Step]:
 
 
 def our_environment() -> dict[str, str]:
-    """This process's, with our own folders before what else Python finds."""
+    """This process's, with our own folders before what else Python finds, and never an interpreter."""
     folders = [str(ROOT / folder) for folder in ("kernels", "model", "bench")]
     paths = [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def check(name: str, around: Round) -> tuple[str, ...]:
