@@ -16,6 +16,8 @@ from padfree.reference import attention_weights_reference, reference
 
 Impl = Literal["auto", "triton", "reference"]
 IMPLS = ("auto", "triton", "reference")
+# What Triton's interpreter computes right on a CPU; of bf16 it takes the bits for a number.
+INTERPRETED_DTYPES = (torch.float32, torch.float16)
 LN2 = math.log(2)
 
 
@@ -138,11 +140,11 @@ def why_not(query: Tensor) -> str | None:
     """Why the kernel could not compute attention for this query, or None where it can. No launch."""
     if query.dtype not in _checks.KERNEL_DTYPES:
         return f"the kernel computes fp32, fp16 and bf16, query is {query.dtype}"
-    return why_not_device(query.device)
+    return why_not_device(query.device, query.dtype)
 
 
-def why_not_device(device: torch.device | str) -> str | None:
-    """Why the kernel could not run on this device, or None where it can."""
+def why_not_device(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the kernel could not run on this device in this dtype, or None where it can."""
     device = torch.device(device)
     if device.type == "cuda":
         if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -150,6 +152,8 @@ def why_not_device(device: torch.device | str) -> str | None:
         return None
     if device.type != "cpu":
         return f"no kernel for device type {device.type!r}"
+    if dtype not in INTERPRETED_DTYPES:
+        return "no GPU, and Triton's interpreter gets bf16 wrong: it multiplies bit patterns; use fp32 or fp16"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "no GPU: set TRITON_INTERPRET=1 to run it in Triton's interpreter"
     return why_not_interpreter()

@@ -13,6 +13,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
 
 import padfree.api
+from padfree._checks import KERNEL_DTYPES
 
 from ._contraction import CONTRACTION_HOOKS
 from ._launch import Launch, ProgramIndex
@@ -72,8 +73,9 @@ class Sanitizer:
             (interpreter, "_implicit_cvt", self.convert_argument),
             (interpreter, "_patch_lang", self.patch_language),
             (interpreter, "_patch_lang_tensor", patch_tensor),
-            # What padfree refuses users for, `patch_tensor` has mended.
+            # What padfree refuses users, these hooks have mended.
             (padfree.api, "why_not_interpreter", lambda: None),
+            (padfree.api, "INTERPRETED_DTYPES", KERNEL_DTYPES),
             (TritonSemantic, "load", lambda *a, **k: self.note_other(*a, **k)),
             (builder, "create_masked_load", lambda *a, **k: self.load(*a, **k)),
             (builder, "create_masked_store", lambda *a, **k: self.store(*a, **k)),

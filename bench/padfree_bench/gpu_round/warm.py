@@ -143,7 +143,7 @@ def compile_item(item: Item) -> tuple[list[bool], float]:
         hits.append(cache_hit)
 
     knobs.compilation.listener = listen
-    padfree.api.why_not_device = lambda device: None  # launches are compiled, not run
+    padfree.api.why_not_device = lambda *_: None  # launches are compiled, not run
     use_tuned_rows()
     kind, *args = item
     if kind == "tune":
