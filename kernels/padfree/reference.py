@@ -5,7 +5,9 @@ are computed in fp32 and rounded once at the end; fp32 and fp64 are computed as 
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -104,10 +106,11 @@ def reference_varlen(
     check_varlen(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale, window
     )
-    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [], []
-    for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
-        one = (query[q0:q1], key[k0:k1], value[k0:k1])
+    # An empty sequence first, so that gradients reach the inputs where there is no other.
+    for q0, q1, k0, k1 in _sequences([0, *cu_seqlens_q.tolist()], [0, *cu_seqlens_k.tolist()]):
+        q_stop, k_stop = min(q1, q0 + max_seqlen_q), min(k1, k0 + max_seqlen_k)
+        one = (query[q0:q_stop], key[k0:k_stop], value[k0:k_stop])
         out, lse = reference(
             *(x.transpose(0, 1)[None] for x in one),
             dropout_p=dropout_p,
@@ -115,15 +118,19 @@ def reference_varlen(
             window=window,
             return_lse=True,
         )
-        outs.append(out[0].transpose(0, 1))
-        lses.append(lse[0])
-    tail = query.shape[0] - q_ends[-1]
-    outs.append(query.new_zeros(tail, *query.shape[1:]))
-    out = torch.cat(outs)
+        outs += [out[0].transpose(0, 1), query.new_zeros(q1 - q_stop, *query.shape[1:])]
+        lses += [lse[0], lse.new_full((query.shape[1], q1 - q_stop), LOWEST)]
+    tail = query.shape[0] - int(cu_seqlens_q[-1])
+    out = torch.cat([*outs, query.new_zeros(tail, *query.shape[1:])])
     if not return_lse:
         return out
-    empty = torch.full((query.shape[1], tail), LOWEST, device=query.device)
-    return out, torch.cat([*lses, empty.to(lses[0].dtype) if lses else empty], dim=1)
+    return out, torch.cat([*lses, lses[0].new_full((query.shape[1], tail), LOWEST)], dim=1)
+
+
+def _sequences(q_ends: list[int], k_ends: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """(first and stop row of the queries, of the keys) of each sequence."""
+    for (q0, q1), (k0, k1) in zip(pairwise(q_ends), pairwise(k_ends), strict=True):
+        yield q0, q1, k0, k1
 
 
 def attention_weights_reference(
