@@ -161,6 +161,7 @@ def check_padding_mask(mask: Any, batch: int, keys: int, device: torch.device) -
 def check_cu_seqlens(name: str, cu_seqlens: Any, device: torch.device) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be an int32 tensor, got {type(cu_seqlens).__name__}")
+    _check_tensor(name, cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
@@ -192,6 +193,7 @@ def check_lse(lse: Any, query: Tensor) -> None:
 def check_rows(rows: Any, query: Tensor) -> Tensor:
     """`rows` as an int64 tensor beside query. A tensor's values are not read, a sequence's are."""
     if isinstance(rows, Tensor):
+        _check_tensor("rows", rows)
         if rows.dtype != torch.int64 or rows.ndim != 1:
             raise TypeError(f"rows must be 1-D int64, got {rows.dtype} of shape {list(rows.shape)}")
         return rows.to(query.device)
@@ -237,6 +239,8 @@ def _check_qkv(query: Any, key: Any, value: Any, *, dims: int, layout: str) -> N
 def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one; packed sequences go to attention_varlen")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 

@@ -131,8 +131,8 @@ class Call:
             "mask_ptr": _as_bytes(padding),
             "attn_mask_ptr": _as_bytes(attn_mask),
             "seed_ptr": self.seed,
-            "cu_q_ptr": self.cu_seqlens_q,
-            "cu_k_ptr": self.cu_seqlens_k,
+            "cu_q_ptr": _as_one_row(self.cu_seqlens_q),
+            "cu_k_ptr": _as_one_row(self.cu_seqlens_k),
             "q_strides": self.strides(self.query),
             "k_strides": self.strides(self.key),
             "v_strides": self.strides(self.value),
@@ -164,6 +164,11 @@ class Call:
 def _as_bytes(mask: Tensor | None) -> Tensor | None:
     """A bool mask as bytes, which is what a kernel can load; anything else as it is."""
     return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+
+
+def _as_one_row(cu_seqlens: Tensor | None) -> Tensor | None:
+    """Contiguous: the door refuses others, but a saved-tensor hook may hand the backward any layout."""
+    return None if cu_seqlens is None else cu_seqlens.contiguous()
 
 
 def dot_precision(dtype: torch.dtype) -> str:

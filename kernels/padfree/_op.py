@@ -4,7 +4,7 @@
 them. All tensors are in the padded form of `_launch.Call`; `run` and `run_qkvpacked` are what the doors call.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ SHARED_SCHEMA = (
     "Tensor? padding, Tensor? attn_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_q, SymInt max_k, float scale, float dropout_p, int left, int right, bool skip_padded_queries"
 )
+# How many of the operator's arguments are tensors, which come first: query to cu_seqlens_k.
+TENSORS = 8
 SAVED_SCHEMA = "Tensor out, Tensor lse2, Tensor d_out, Tensor? d_lse2"
 
 library = torch.library.Library("padfree", "DEF")
@@ -74,7 +76,11 @@ def _launch_backward(
     grads: tuple[Tensor, Tensor, Tensor],
     d_attn_mask: Tensor | None = None,
 ) -> None:
-    """The road that fits: a single query's kernel owns dk and dv only where heads are not grouped."""
+    """The road that fits: a single query's kernel owns dk and dv only where heads are not grouped.
+
+    A saved-tensor hook may hand back the same numbers in another layout, of which the passes take lse2's for granted.
+    """
+    lse2 = lse2.contiguous()
     single = call.max_q == 1 and call.heads == call.kv_heads and not call.is_empty
     launch = launch_single_query_backward if single else launch_backward
     launch(call, out, lse2, d_out, d_lse2, grads, d_attn_mask)
@@ -152,12 +158,32 @@ def _forward_and_save(
     return out, lse2
 
 
+def refuse_double_backward() -> None:
+    """Grad mode is on inside a backward only under create_graph=True."""
+    if torch.is_grad_enabled():
+        refuse_second_derivative()
+
+
+def refuse_second_derivative() -> NoReturn:
+    raise RuntimeError(
+        "padfree's kernel is differentiable once; for create_graph=True (double backward) use impl='reference'"
+    )
+
+
+def refuse_forward_mode(ctx: Any, *tangents: Any) -> NoReturn:
+    raise RuntimeError(
+        "padfree's kernel has no forward-mode derivative (jvp, jacfwd, hessian); use impl='reference'"
+    )
+
+
 class Attention(torch.autograd.Function):
     """(query, key, value, then the arguments of SHARED_SCHEMA) -> (out, lse2).
 
     Arguments are spelled out for torch.compile, which reads the signature; a setup_context of its own would cost each
-    call an `inspect.signature`, half of the forward's host time.
+    call an `inspect.signature`, half of the forward's host time: `_functional` has one.
     """
+
+    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(
@@ -195,6 +221,8 @@ class Attention(torch.autograd.Function):
 class AttentionQKVPacked(torch.autograd.Function):
     """(qkv, then the arguments of SHARED_SCHEMA) -> (out, lse2), with one gradient buffer."""
 
+    jvp = staticmethod(refuse_forward_mode)
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -225,14 +253,6 @@ class AttentionQKVPacked(torch.autograd.Function):
         return d_qkv, *[None] * (len(ctx.scalars) + 5)
 
 
-def refuse_double_backward() -> None:
-    """Grad mode is on inside a backward only under create_graph=True."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "padfree's kernel is differentiable once; for create_graph=True (double backward) use impl='reference'"
-        )
-
-
 def run(
     query: Tensor,
     key: Tensor,
@@ -253,14 +273,17 @@ def run(
     cu_q, cu_k, max_q, max_k = packing or (None, None, query.shape[2], key.shape[2])
     query, key, value, cu_q, cu_k = distinct(query, key, value, cu_q, cu_k)
     seed = dropout_seed(query, options)
-    return Attention.apply(query, key, value, padding, attn_mask, seed, cu_q, cu_k, max_q, max_k, *options)
+    function: type[torch.autograd.Function] = Attention
+    if torch._C._are_functorch_transforms_active():
+        from padfree._functional import FunctionalAttention as function  # noqa: N813
+    return function.apply(query, key, value, padding, attn_mask, seed, cu_q, cu_k, max_q, max_k, *options)
 
 
 def run_qkvpacked(
     qkv: Tensor, padding: Tensor | None, options: Options, packing: Packing | None
 ) -> tuple[Tensor, Tensor]:
     """Compute one checked qkv buffer: (out in the padded form, lse2)."""
-    if options.scale <= 0:
+    if options.scale <= 0 or torch._C._are_functorch_transforms_active():
         return run(*split_qkv(qkv), padding, None, options, packing)
     cu_q, cu_k, max_q, max_k = packing or (None, None, qkv.shape[1], qkv.shape[1])
     cu_q, cu_k = distinct(cu_q, cu_k)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from padfree import _checks
 from padfree._checks import Window
-from padfree.reference import attention_weights_reference, reference
+from padfree.reference import attention_weights_reference, computed_dtype, reference, under_autocast
 
 Impl = Literal["auto", "triton", "reference"]
 IMPLS = ("auto", "triton", "reference")
@@ -38,7 +38,8 @@ def attention(
     """softmax(scale * query @ keyᵀ + attn_mask) @ value over the keys that are not padding.
 
     Args:
-        query: [B, H, M, D], fp32, fp16 or bf16, any strides; D from 1 to 256.
+        query: [B, H, M, D], fp32, fp16 or bf16 (on a CPU also fp64), any strides; D from 1 to 256.
+            `torch.autocast` casts it, key, value and attn_mask to its dtype, as it does for SDPA.
         key, value: [B, H_kv, N, D] with query's dtype; H_kv divides H (grouped key/value heads).
         key_padding_mask: bool [B, N], [B, 1, N] or [B, 1, 1, N], **True = padding** as in
             `nn.MultiheadAttention`; any pattern. What stands in padded keys and values, NaN included,
@@ -68,6 +69,7 @@ def attention(
     Example:
         >>> hidden = padfree.attention(q, k, v, tokens == pad_id)   # q, k, v: [B, H, S, D]
     """
+    query, key, value, attn_mask = under_autocast(query, key, value, attn_mask)
     _checks.check_attention(
         query, key, value, key_padding_mask, attn_mask, dropout_p, scale, window, skip_padded_queries
     )
@@ -118,6 +120,7 @@ def attention_weights(
     Raises:
         TypeError, ValueError: as `attention`.
     """
+    query, key = under_autocast(query, key)
     _checks.check_attention(query, key, key, key_padding_mask, None, 0.0, scale, None, False)
     _checks.check_lse(lse, query)
     picked = _checks.check_rows(range(query.shape[2]) if rows is None else rows, query)
@@ -138,9 +141,10 @@ def choose_impl(impl: str, query: Tensor) -> str:
 
 def why_not(query: Tensor) -> str | None:
     """Why the kernel could not compute attention for this query, or None where it can. No launch."""
-    if query.dtype not in _checks.KERNEL_DTYPES:
-        return f"the kernel computes fp32, fp16 and bf16, query is {query.dtype}"
-    return why_not_device(query.device, query.dtype)
+    dtype = computed_dtype(query)
+    if dtype not in _checks.KERNEL_DTYPES:
+        return f"the kernel computes fp32, fp16 and bf16, query is {dtype}"
+    return why_not_device(query.device, dtype)
 
 
 def why_not_device(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:

@@ -5,7 +5,7 @@ from torch import Tensor
 from padfree import _checks
 from padfree._checks import Window
 from padfree.api import LN2, Impl, choose_impl
-from padfree.reference import reference, reference_varlen
+from padfree.reference import reference, reference_varlen, under_autocast
 
 
 def attention_varlen(
@@ -40,6 +40,7 @@ def attention_varlen(
     Raises:
         TypeError, ValueError, RuntimeError: as `attention`.
     """
+    query, key, value = under_autocast(query, key, value)
     _checks.check_varlen(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale, window
     )
@@ -94,6 +95,7 @@ def attention_qkvpacked(
     Raises:
         TypeError, ValueError, RuntimeError: as `attention`.
     """
+    (qkv,) = under_autocast(qkv)
     _checks.check_qkvpacked(
         qkv, key_padding_mask, cu_seqlens, max_seqlen, dropout_p, scale, window, skip_padded_queries
     )

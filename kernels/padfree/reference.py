@@ -38,6 +38,7 @@ def reference(
     known mask can be replayed. Unlike the kernel this keeps the [B,H,M,N] scores in memory, and it can be
     differentiated twice.
     """
+    query, key, value, attn_mask = under_autocast(query, key, value, attn_mask)
     check_attention(
         query, key, value, key_padding_mask, attn_mask, dropout_p, scale, window, skip_padded_queries
     )
@@ -103,6 +104,7 @@ def reference_varlen(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference` on each sequence of a packed batch in turn; see `padfree.attention_varlen`."""
+    query, key, value = under_autocast(query, key, value)
     check_varlen(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale, window
     )
@@ -148,6 +150,20 @@ def attention_weights_reference(
         scores = scale * (chosen @ key.repeat_interleave(group, dim=1).to(lse.dtype).transpose(-2, -1))
     weights = torch.exp(scores - picked.masked_fill(~live, 0)).masked_fill(~live, 0)
     return weights if padding is None else weights.masked_fill(padding[:, None, None, :], 0)
+
+
+def computed_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a call computes this tensor in: that of a surrounding autocast, but for fp64, as SDPA does."""
+    # A meta tensor knows no autocast.
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point() or tensor.is_meta:
+        return tensor.dtype
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def under_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The arguments of a call, tensors in the dtype that it computes them in."""
+    return tuple(x.to(computed_dtype(x)) if isinstance(x, Tensor) else x for x in tensors)
 
 
 def full_precision(query: Tensor) -> AbstractContextManager[Any]:

@@ -2,7 +2,7 @@
 
 from bad_calls.doors import DOORS, BadCall
 from bad_calls.options import options, sequences, singles
-from bad_calls.tensors import attn_masks, padding_masks, tensors
+from bad_calls.tensors import attn_masks, layouts, padding_masks, tensors
 
 __all__ = ["BAD_CALLS", "DOORS", "BadCall"]
 
@@ -20,4 +20,5 @@ BAD_CALLS = [
     *sequences("attention_varlen", "cu_seqlens_k", "max_seqlen_k"),
     *sequences("attention_qkvpacked_varlen", "cu_seqlens", "max_seqlen"),
     *singles(),
+    *(row for door in DOORS for row in layouts(door)),
 ]

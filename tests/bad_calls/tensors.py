@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bad_calls.doors import TOKENS, B, BadCall, D, H, S
+from bad_calls.doors import DOORS, TOKENS, B, BadCall, D, H, S
 
 
 def tensors(door: str) -> list[BadCall]:
@@ -176,3 +176,22 @@ def attn_masks() -> list[BadCall]:
         ("attention", f"an attn_mask {what}", {"attn_mask": mask}, e, "attn_mask", got)
         for what, mask, e, got in cases
     ]
+
+
+def layouts(door: str) -> list[BadCall]:
+    """Every tensor argument of the door as a nested and as a sparse tensor."""
+    arguments = {name: x for name, x in DOORS[door][1]().items() if isinstance(x, torch.Tensor)}
+    if door in ("attention", "attention_qkvpacked"):
+        arguments["key_padding_mask"] = torch.zeros(B, S, dtype=torch.bool)
+    if door == "attention":
+        arguments["attn_mask"] = torch.zeros(B, H, S, S)
+    if door == "attention_weights":
+        arguments["rows"] = torch.zeros(1, dtype=torch.int64)
+    rows: list[BadCall] = []
+    for name, tensor in arguments.items():
+        for layout in (torch.strided, torch.jagged):
+            nested = torch.nested.as_nested_tensor([tensor, tensor], layout=layout)
+            rows.append((door, f"a nested {name} of layout {layout}", {name: nested}, TypeError, name, "nested"))
+        sparse = tensor.to_sparse()
+        rows.append((door, f"a sparse {name} of any argument", {name: sparse}, TypeError, name, "sparse_coo"))
+    return rows
