@@ -66,7 +66,10 @@ def test_autocast_leaves_fp64_and_casts_a_bias(device: torch.device) -> None:
     query, key, value = three()
     bias = normal(5, 5, seed=9)
     with torch.autocast(device.type, torch.bfloat16):
-        assert padfree.attention(*(x.double() for x in (query, key, value)), impl="reference").dtype == torch.float64
+        assert (
+            padfree.attention(*(x.double() for x in (query, key, value)), impl="reference").dtype
+            == torch.float64
+        )
         got = KERNEL(query, key, value, attn_mask=bias)
     low = [x.bfloat16() for x in (query, key, value, bias)]
     assert torch.equal(got, KERNEL(*low[:3], attn_mask=low[3]))
@@ -200,7 +203,9 @@ def assert_same_gradients_after_repacking(
     """Gradients are equal bit for bit with and without the hook; the call takes the first `keep` inputs."""
     found = []
     for unpack in (lambda x: x, laid_out_anew):
-        leaves = [x.detach().requires_grad_() if keep is None or i < keep else x for i, x in enumerate(inputs)]
+        leaves = [
+            x.detach().requires_grad_() if keep is None or i < keep else x for i, x in enumerate(inputs)
+        ]
         torch.manual_seed(5)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
             out, lse = call(*leaves[:keep])

@@ -51,7 +51,9 @@ def packed_calls(draw: st.DrawFn, self_attention: bool = False) -> Packed:
     side = st.none() | st.integers(0, 4)
     window = draw(st.none() | st.tuples(side, side))
     q_slack, max_q = draw(st.integers(0, 3)), draw(st.integers(0, 12))
-    k_slack, max_k = (q_slack, max_q) if self_attention else (draw(st.integers(0, 3)), draw(st.integers(0, 12)))
+    k_slack, max_k = (
+        (q_slack, max_q) if self_attention else (draw(st.integers(0, 3)), draw(st.integers(0, 12)))
+    )
     return Packed(q_lengths, k_lengths, q_slack, k_slack, max_q, max_k, window)
 
 
@@ -104,11 +106,9 @@ def test_kernel_and_reference_agree_with_each_sequence_alone(call: Packed) -> No
     wanted = with_gradients(wanted_out + linked, wanted_lse + linked, wanted_leaves, d_out.double())
     for attend in (KERNEL, REFERENCE):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        got = with_gradients(
-            *attend(*leaves, *arguments, window=call.window, return_lse=True), leaves, d_out
-        )
+        got = with_gradients(*attend(*leaves, *arguments, window=call.window, return_lse=True), leaves, d_out)
         for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, strict=True):
-            close(one, other.float(), msg=lambda message, name=name: f"{attend.keywords} {name}: {message}")
+            close(one, other.float(), msg=partial("{} {}: {}".format, attend.keywords, name))
 
 
 @given(packed_calls(self_attention=True))

@@ -1,8 +1,8 @@
 """padfree: attention for padded batches that pays only for the real tokens.
 
 `attention` takes a padded batch [B, H, S, D] with a `key_padding_mask` (True = padding), `attention_varlen`
-and `attention_qkvpacked` take packed ones. On a GPU a fused Triton kernel computes them, forward and backward;
-on a CPU the same calls give the result of `reference`.
+and `attention_qkvpacked` take packed ones. On a GPU a fused Triton kernel computes them, forward and backward; on a
+CPU the same calls run PyTorch's SDPA under the same contract, and `reference` where SDPA cannot compute them.
 """
 
 from padfree.api import attention, attention_weights, why_not, why_not_device

@@ -240,7 +240,9 @@ def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got a nested one; packed sequences go to attention_varlen")
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one; packed sequences go to attention_varlen"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 

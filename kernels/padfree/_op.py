@@ -275,7 +275,7 @@ def run(
     seed = dropout_seed(query, options)
     function: type[torch.autograd.Function] = Attention
     if torch._C._are_functorch_transforms_active():
-        from padfree._functional import FunctionalAttention as function  # noqa: N813
+        from padfree._functional import FunctionalAttention as function
     return function.apply(query, key, value, padding, attn_mask, seed, cu_q, cu_k, max_q, max_k, *options)
 
 

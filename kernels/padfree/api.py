@@ -12,6 +12,7 @@ from torch import Tensor
 
 from padfree import _checks
 from padfree._checks import Window
+from padfree._sdpa import sdpa_attention, sdpa_serves
 from padfree.reference import attention_weights_reference, computed_dtype, reference, under_autocast
 
 Impl = Literal["auto", "triton", "reference"]
@@ -54,8 +55,9 @@ def attention(
         skip_padded_queries: self-attention only: rows at padded positions are not computed; they come out
             0 with LSE -inf and zero gradient.
         return_lse: also return the log of the softmax denominator, differentiable.
-        impl: "triton" runs the kernel or raises; "reference" runs plain torch; "auto" runs the kernel
-            on a GPU and the reference on a CPU. An explicit choice never falls back.
+        impl: "triton" runs the kernel or raises; "reference" runs plain torch; "auto" runs the kernel on a GPU,
+            and on a CPU, also under TRITON_INTERPRET=1, PyTorch's SDPA with the same contract where that can
+            compute the call and the reference where not. An explicit choice never falls back.
 
     Returns:
         out [B, H, M, D] in query's dtype, held in memory as [B, M, H, D]; with `return_lse` also
@@ -74,7 +76,15 @@ def attention(
         query, key, value, key_padding_mask, attn_mask, dropout_p, scale, window, skip_padded_queries
     )
     _checks.check_flag("return_lse", return_lse)
-    if choose_impl(impl, query) == "reference":
+    padding = _checks.padding_rows(key_padding_mask)
+    chosen = choose_impl(impl, query)
+    if (
+        impl == "auto"
+        and chosen == "reference"
+        and sdpa_serves(query, key, attn_mask, dropout_p, scale, return_lse)
+    ):
+        return sdpa_attention(query, key, value, padding, attn_mask, scale, window, skip_padded_queries)
+    if chosen == "reference":
         return reference(
             query,
             key,
@@ -90,7 +100,7 @@ def attention(
     from padfree._op import Options, run
 
     options = Options.of(query, scale, dropout_p, window, skip_padded_queries)
-    out, lse2 = run(query, key, value, _checks.padding_rows(key_padding_mask), attn_mask, options)
+    out, lse2 = run(query, key, value, padding, attn_mask, options)
     return (out, lse2 * LN2) if return_lse else out
 
 
@@ -157,7 +167,9 @@ def why_not_device(device: torch.device | str, dtype: torch.dtype = torch.float3
     if device.type != "cpu":
         return f"no kernel for device type {device.type!r}"
     if dtype not in INTERPRETED_DTYPES:
-        return "no GPU, and Triton's interpreter gets bf16 wrong: it multiplies bit patterns; use fp32 or fp16"
+        return (
+            "no GPU, and Triton's interpreter gets bf16 wrong: it multiplies bit patterns; use fp32 or fp16"
+        )
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "no GPU: set TRITON_INTERPRET=1 to run it in Triton's interpreter"
     return why_not_interpreter()

@@ -1,11 +1,14 @@
 """The front doors for packed sequences and for one fused QKV buffer."""
 
+from functools import partial
+from typing import Any
+
 from torch import Tensor
 
 from padfree import _checks
 from padfree._checks import Window
-from padfree.api import LN2, Impl, choose_impl
-from padfree.reference import reference, reference_varlen, under_autocast
+from padfree.api import LN2, Impl, attention, choose_impl
+from padfree.reference import sequence_by_sequence, under_autocast
 
 
 def attention_varlen(
@@ -46,18 +49,11 @@ def attention_varlen(
     )
     _checks.check_flag("return_lse", return_lse)
     if choose_impl(impl, query) == "reference":
-        return reference_varlen(
-            query,
-            key,
-            value,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p=dropout_p,
-            scale=scale,
-            window=window,
-            return_lse=return_lse,
+        attend = partial(
+            attention, dropout_p=dropout_p, scale=scale, window=window, return_lse=return_lse, impl=impl
+        )
+        return sequence_by_sequence(
+            attend, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         )
     from padfree._op import Options, Packing, run
 
@@ -101,17 +97,17 @@ def attention_qkvpacked(
     )
     _checks.check_flag("return_lse", return_lse)
     if choose_impl(impl, qkv) == "reference":
-        return _qkvpacked_reference(
-            qkv,
-            key_padding_mask,
-            cu_seqlens,
-            max_seqlen,
-            dropout_p,
-            scale,
-            window,
-            skip_padded_queries,
-            return_lse,
-        )
+        shared: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "window": window, "impl": impl}
+        if cu_seqlens is not None and max_seqlen is not None:
+            q, k, v = qkv.unbind(1)
+            return attention_varlen(
+                q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, return_lse=return_lse, **shared
+            )
+        shared["skip_padded_queries"] = skip_padded_queries
+        result = attention(*split_qkv(qkv), key_padding_mask, return_lse=return_lse, **shared)
+        if isinstance(result, tuple):
+            return result[0].transpose(1, 2), result[1]
+        return result.transpose(1, 2)
     from padfree._op import Options, Packing, run_qkvpacked
 
     options = Options.of(qkv, scale, dropout_p, window, skip_padded_queries)
@@ -123,47 +119,6 @@ def attention_qkvpacked(
     if packing is not None:
         out, lse2 = out[0], lse2[0]
     return (out, lse2 * LN2) if return_lse else out
-
-
-def _qkvpacked_reference(
-    qkv: Tensor,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    dropout_p: float,
-    scale: float | None,
-    window: Window,
-    skip_padded_queries: bool,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    if cu_seqlens is not None and max_seqlen is not None:
-        query, key, value = qkv.unbind(1)
-        return reference_varlen(
-            query,
-            key,
-            value,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            dropout_p=dropout_p,
-            scale=scale,
-            window=window,
-            return_lse=return_lse,
-        )
-    query, key, value = split_qkv(qkv)
-    out, lse = reference(
-        query,
-        key,
-        value,
-        key_padding_mask,
-        dropout_p=dropout_p,
-        scale=scale,
-        window=window,
-        skip_padded_queries=skip_padded_queries,
-        return_lse=True,
-    )
-    return (out.transpose(1, 2), lse) if return_lse else out.transpose(1, 2)
 
 
 def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

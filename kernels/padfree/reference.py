@@ -1,12 +1,13 @@
 """The readable oracle: masked attention in plain torch operations, on any device and in any dtype.
 
-It says what the kernel must compute, is what a CPU user gets, and is tested on its own. fp16 and bf16 inputs
+It says what the kernel must compute, and is tested on its own. fp16 and bf16 inputs
 are computed in fp32 and rounded once at the end; fp32 and fp64 are computed as they come.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -48,20 +49,10 @@ def reference(
     work = torch.promote_types(dtype, torch.float32)
     padding = padding_rows(key_padding_mask)
 
-    keep = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device)
-    if window is not None:
-        keep = keep & in_window(rows, keys, window, query.device)
-    if attn_mask is not None:
-        keep = keep & (~attn_mask if attn_mask.dtype == torch.bool else attn_mask != LOWEST)
-    if padding is not None:
-        keep = keep & ~padding[:, None, None, :]
-        if skip_padded_queries:
-            keep = keep & ~padding[:, None, :, None]
-        # What stands in padding may be NaN, and 0 * NaN is NaN: select before multiplying.
-        key = key.masked_fill(padding[:, None, :, None], 0)
-        value = value.masked_fill(padding[:, None, :, None], 0)
-    live = keep.any(dim=-1, keepdim=True)
+    visible = visible_keys(query, key, padding, attn_mask, window, skip_padded_queries)
+    live = visible.any(dim=-1, keepdim=True)
     query = query.masked_fill(~live, 0)
+    key, value = (without_padding(x, padding) for x in (key, value))
 
     group = heads // max(key.shape[1], 1)
     key = key.repeat_interleave(group, dim=1).to(work)
@@ -71,7 +62,7 @@ def reference(
         scores = scale * (query.to(work) @ key.transpose(-2, -1))
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.to(work)
-    scores = scores.masked_fill(~keep, LOWEST)
+    scores = scores.masked_fill(~visible, LOWEST)
 
     row_max = scores.detach().amax(dim=-1, keepdim=True) if keys else scores.new_zeros(batch, heads, rows, 1)
     exps = torch.exp(scores - row_max.masked_fill(~live, 0))
@@ -87,6 +78,33 @@ def reference(
         return out
     lse = (row_max + torch.log(row_sum)).masked_fill(~live, LOWEST).squeeze(-1)
     return out, lse.to(torch.promote_types(torch.float32, work))
+
+
+def visible_keys(
+    query: Tensor,
+    key: Tensor,
+    padding: Tensor | None,
+    attn_mask: Tensor | None,
+    window: Window,
+    skip_padded_queries: bool,
+) -> Tensor:
+    """bool, broadcastable to [B, H, M, N] with all N keys, True where a query sees a key."""
+    rows, keys = query.shape[2], key.shape[2]
+    visible = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=query.device)
+    if window is not None:
+        visible = visible & in_window(rows, keys, window, query.device)
+    if attn_mask is not None:
+        visible = visible & (~attn_mask if attn_mask.dtype == torch.bool else attn_mask != LOWEST)
+    if padding is not None:
+        visible = visible & ~padding[:, None, None, :]
+        if skip_padded_queries:
+            visible = visible & ~padding[:, None, :, None]
+    return visible
+
+
+def without_padding(x: Tensor, padding: Tensor | None) -> Tensor:
+    """Keys or values with 0 for padding: it may hold NaN, and a weight of 0 times NaN is NaN."""
+    return x if padding is None else torch.where(padding[:, None, :, None], 0, x)
 
 
 def reference_varlen(
@@ -108,23 +126,36 @@ def reference_varlen(
     check_varlen(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale, window
     )
+    attend = partial(reference, dropout_p=dropout_p, scale=scale, window=window, return_lse=return_lse)
+    return sequence_by_sequence(
+        attend, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    )
+
+
+def sequence_by_sequence(
+    attend: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A checked packed batch by `attend` on [1, H, length, D]: its out or (out, lse), put together end to end."""
     outs, lses = [], []
     # An empty sequence first, so that gradients reach the inputs where there is no other.
     for q0, q1, k0, k1 in _sequences([0, *cu_seqlens_q.tolist()], [0, *cu_seqlens_k.tolist()]):
         q_stop, k_stop = min(q1, q0 + max_seqlen_q), min(k1, k0 + max_seqlen_k)
         one = (query[q0:q_stop], key[k0:k_stop], value[k0:k_stop])
-        out, lse = reference(
-            *(x.transpose(0, 1)[None] for x in one),
-            dropout_p=dropout_p,
-            scale=scale,
-            window=window,
-            return_lse=True,
-        )
+        result = attend(*(x.transpose(0, 1)[None] for x in one))
+        out, lse = result if isinstance(result, tuple) else (result, None)
         outs += [out[0].transpose(0, 1), query.new_zeros(q1 - q_stop, *query.shape[1:])]
-        lses += [lse[0], lse.new_full((query.shape[1], q1 - q_stop), LOWEST)]
+        if lse is not None:
+            lses += [lse[0], lse.new_full((query.shape[1], q1 - q_stop), LOWEST)]
     tail = query.shape[0] - int(cu_seqlens_q[-1])
     out = torch.cat([*outs, query.new_zeros(tail, *query.shape[1:])])
-    if not return_lse:
+    if not lses:
         return out
     return out, torch.cat([*lses, lses[0].new_full((query.shape[1], tail), LOWEST)], dim=1)
 

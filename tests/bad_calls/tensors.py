@@ -191,7 +191,9 @@ def layouts(door: str) -> list[BadCall]:
     for name, tensor in arguments.items():
         for layout in (torch.strided, torch.jagged):
             nested = torch.nested.as_nested_tensor([tensor, tensor], layout=layout)
-            rows.append((door, f"a nested {name} of layout {layout}", {name: nested}, TypeError, name, "nested"))
+            rows.append(
+                (door, f"a nested {name} of layout {layout}", {name: nested}, TypeError, name, "nested")
+            )
         sparse = tensor.to_sparse()
         rows.append((door, f"a sparse {name} of any argument", {name: sparse}, TypeError, name, "sparse_coo"))
     return rows
