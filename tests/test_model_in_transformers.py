@@ -128,13 +128,13 @@ def test_the_registry_knows_each_name_and_lists_them_for_a_wrong_one():
         choose_attention("flash", "cpu", torch.float32)
 
 
-def test_auto_says_what_it_picked_and_why(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_on_a_cpu_is_sdpa_whether_the_interpreter_is_on_or_not(monkeypatch, dtype):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    name, reason = choose_attention("auto", "cpu", torch.float32)
-    assert name == "sdpa" and "no GPU" in reason
+    answer = choose_attention("auto", "cpu", dtype)
+    assert answer == ("sdpa", "auto: on a CPU PyTorch's SDPA; the fused kernel is for a GPU")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    name, reason = choose_attention("auto", "cpu", torch.float32)
-    assert name == "sdpa" and "interpreter" in reason
+    assert choose_attention("auto", "cpu", dtype) == answer
     assert choose_attention("padfree", "cpu", torch.float32) == ("padfree", "asked for")
 
 

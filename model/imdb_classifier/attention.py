@@ -40,7 +40,8 @@ def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype) 
     """Resolve a name for this device and dtype, and make the answer known to transformers.
 
     Args:
-        name: one of `ATTENTION_NAMES`. "auto" takes padfree on a GPU that can run it, else sdpa.
+        name: one of `ATTENTION_NAMES`. "auto" takes padfree on a GPU that can run it, else sdpa: on a CPU, also under
+            TRITON_INTERPRET=1, as in `padfree.attention`.
         device, dtype: where, and in which precision, attention will be computed.
 
     Returns:
@@ -66,9 +67,9 @@ def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype) 
             raise RuntimeError(f"attention 'padfree' cannot run here ({obstacle}); auto, sdpa and eager can")
         register()
         return name, "asked for"
+    if device.type == "cpu":
+        return "sdpa", "auto: on a CPU PyTorch's SDPA; the fused kernel is for a GPU"
     if obstacle is not None:
         return "sdpa", f"auto: padfree cannot run: {obstacle}"
-    if device.type != "cuda":
-        return "sdpa", "auto: Triton's interpreter is for tests, PyTorch's own attention is faster on a CPU"
     register()
     return "padfree", f"auto: the fused kernel runs on {torch.cuda.get_device_name(device)}"

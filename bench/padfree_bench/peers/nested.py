@@ -1,11 +1,18 @@
 """SDPA on a jagged NestedTensor, nested before the clock starts."""
 
+import logging
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from padfree_bench.inputs import Inputs
 from padfree_bench.peers.base import Grads, Peer, Prepared
+
+# torch remarks on its own prototype and its own deprecated call, which the reader of a benchmark cannot mend.
+warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors", category=UserWarning)
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def prepare(inputs: Inputs, training: bool) -> Prepared:
