@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bad_files import FILE_FAULTS
+from bad_files import FILE_FAULTS, STRICT_FAULTS
 from imdb_classifier import checkpoint, evaluate, predict, train
+from imdb_classifier.sources import read_source
 from tiny_reviews import make_rows, train_arguments, write_csv, write_reviews
 
 
@@ -35,6 +37,21 @@ def test_a_faulty_file_is_one_line_that_says_where_and_status_2(
     message = spoken_error(capsys)
     assert message.startswith("imdb-train: error: ")
     assert expected in message
+
+
+@pytest.mark.parametrize("fault", STRICT_FAULTS)
+def test_a_row_without_text_or_label_is_left_out_with_a_warning_or_refused_if_asked(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, expected = STRICT_FAULTS[fault]
+    file = tmp_path / name
+    file.write_bytes(content)
+    assert train.main(train_arguments(file, tmp_path / "run", "--strict-data")) == 2
+    assert expected in spoken_error(capsys)
+    assert len(read_source([str(file)])["train"]) == 4
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: 1 of 5 rows have no text or no label and are left out")
+    assert warning.endswith(expected.removesuffix(", expected 0 or 1").removesuffix(", expected a review"))
 
 
 def replaced(arguments: list[str], option: str, *values: str) -> list[str]:
@@ -77,6 +94,9 @@ OPTION_FAULTS: dict[str, tuple[str, str, str]] = {
     "no such tokenizer folder": ("--tokenizer", "./nowhere", "./nowhere: holds no tokenizer.json"),
     "fp16 on a CPU": ("--precision", "fp16", "precision fp16 cannot run here"),
     "fused without a GPU": ("--attention", "padfree", "attention 'padfree' cannot run"),
+    "no such text column": ("--text-column", "body", "test.csv:1: no column named body, got 'text, label'"),
+    "no such label column": ("--label-column", "stars", "test.csv:1: no column named stars"),
+    "one column for both": ("--text-column", "label", "--text-column and --label-column both name label"),
     "resume of nothing": ("--resume", "", "holds no run to resume"),
     "resume and overwrite": ("--resume", "--overwrite", "not allowed with argument"),
 }
@@ -124,7 +144,7 @@ def make_float_labels(folder: Path) -> list[str]:
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(
-        pyarrow.table({"text": ["a", "b"], "label": [0.0, 1.0]}), folder / "train.parquet"
+        pyarrow.table({"text": ["a", "b"], "label": [0.0, 0.5]}), folder / "train.parquet"
     )
     return ["--dataset", str(folder / "train.parquet")]
 
@@ -135,7 +155,27 @@ def make_null_text(folder: Path) -> list[str]:
     pyarrow.parquet.write_table(
         pyarrow.table({"text": ["a", None], "label": [0, 1]}), folder / "train.parquet"
     )
+    return ["--strict-data", "--dataset", str(folder / "train.parquet")]
+
+
+def make_binary_text(folder: Path) -> list[str]:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [b"a", b"b"], "label": [0, 1]}), folder / "train.parquet"
+    )
     return ["--dataset", str(folder / "train.parquet")]
+
+
+def make_pipe(folder: Path) -> list[str]:
+    os.mkfifo(folder / "train.csv")
+    return ["--dataset", str(folder)]
+
+
+def make_columns_for_folders(folder: Path) -> list[str]:
+    for label in ("neg", "pos"):
+        (folder / "train" / label).mkdir(parents=True)
+    return ["--dataset", str(folder), "--text-column", "review"]
 
 
 def make_a_date_beyond_python(folder: Path) -> list[str]:
@@ -198,8 +238,11 @@ SITUATIONS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "files of no split": (make_files_of_no_split, "more.csv: belongs to no split"),
     "folder without data": (lambda folder: ["--dataset", str(folder)], "holds no data"),
     "folder without train": (make_folder_without_train, "has no training split"),
-    "parquet with float labels": (make_float_labels, "train.parquet:1: label is 0.0, expected 0 or 1"),
-    "parquet with a null text": (make_null_text, "train.parquet:2: text is None"),
+    "parquet with float labels": (make_float_labels, "train.parquet:2: label is 0.5, expected 0 or 1"),
+    "parquet with a null text": (make_null_text, "train.parquet:2: text is empty"),
+    "parquet with binary text": (make_binary_text, "train.parquet:1: text is b'a', expected a string"),
+    "named pipe": (make_pipe, "train.csv: is no regular file"),
+    "columns of a folder of texts": (make_columns_for_folders, "train: has no columns to choose from"),
     "output is a file": (make_output_a_file, "run: is a file, expected a folder"),
     "output below a file": (make_output_below_a_file, "Not a directory"),
     "broken tokenizer": (make_broken_tokenizer, "tokenizer: is no usable tokenizer"),
@@ -308,6 +351,7 @@ def test_a_run_is_not_resumed_with_other_settings(
         '{"settings": {"dataset": [1]}}',
         '{"settings": {"dataset": 5}}',
         '{"settings": {"dataset": {"a": 1}}}',
+        '{"settings": {"dataset": ["a"], "text_column": 5}}',
     ],
 )
 def test_a_checkpoint_that_names_no_dataset_is_one_line(
@@ -324,7 +368,19 @@ PREDICT_FAULTS: dict[str, tuple[list[str], bytes, str]] = {
     "checkpoint is a file": (["--checkpoint", __file__, "a"], b"", "is a file, expected a checkpoint folder"),
     "empty argument": (["a", ""], b"", "argument 2: text is empty"),
     "empty input": ([], b"", "standard input: is empty"),
-    "empty line": ([], b"good\n\nbad\n", "standard input:2: text is empty"),
+    "blank lines only": ([], b"\n \n", "standard input: is empty"),
+    "NUL behind a blank line": ([], b"good\n\nb\0ad\n", "standard input:3: text holds a NUL byte"),
+    "review with a dash": (
+        ["-terrible"],
+        b"",
+        "unrecognized arguments: -terrible; put -- before a review that",
+    ),
+    "review with the letter of an option": (
+        ["-horrible"],
+        b"",
+        "; put -- before a review that starts with a dash",
+    ),
+    "review like two options": (["--c"], b"", "; put -- before a review that starts with a dash"),
     "input not UTF-8": ([], b"good\n\xff\n", "standard input:2: byte 0xff is not UTF-8"),
     "NUL in input": ([], b"go\0od\n", "standard input:1: text holds a NUL byte"),
     "file and argument": (["--file", __file__, "a"], b"", "both as arguments and by --file"),
