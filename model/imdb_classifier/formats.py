@@ -57,7 +57,7 @@ def read_file(path: Path, reading: Reading) -> Split:
 
 def _check_regular(path: Path) -> None:
     # Opening a pipe waits for somebody to write into it.
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         raise UserError(f"{path}: is no regular file, expected one")
 
 
