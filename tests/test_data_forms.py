@@ -224,6 +224,7 @@ def test_a_hidden_file_or_folder_that_was_named_is_taken(tmp_path: Path) -> None
 
 PARTS = {
     "shards": ("train-00000-of-00002.csv", "train-00001-of-00002.csv"),
+    "shards as older sets name them": ("train-00000-of-00002-0f.csv", "train-00001-of-00002-0a.csv"),
     "parts": ("train_a.csv", "train_b.csv"),
 }
 
@@ -236,11 +237,19 @@ def test_the_parts_of_a_split_are_read_in_order_and_named(kind: str, tmp_path: P
     assert read(tmp_path) == ({"train": as_split(ROWS)}, [f"train: read from 2 files, {first}, {second}"])
 
 
-def test_a_shard_that_is_missing_is_told(tmp_path: Path) -> None:
-    write_csv(tmp_path / "train-00000-of-00002.csv", ROWS)
-    with pytest.raises(
-        UserError, match="train-00001-of-00002.csv: is missing, expected it beside train-00000-of"
-    ):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00002.csv",),
+        ("train-00000-of-00001-0a.csv", "train-00000-of-00001-0f.csv"),
+        ("train-00000-of-00002.csv", "train-00001-of-00003.csv"),
+        ("train-00000-of-00002.csv", "train-more.csv"),
+    ],
+)
+def test_numbered_parts_are_read_only_if_each_is_there_once(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        write_csv(tmp_path / name, ROWS)
+    with pytest.raises(UserError, match=r"expected each of the \d parts of the train split once"):
         read(tmp_path)
 
 

@@ -26,7 +26,7 @@ SPLIT_OF_STEM = {
     "dev": "validation",
     "test": "test",
 }
-_SHARD = re.compile(r"(.*\D)(\d+)-of-(\d+)(\D.*)", re.DOTALL)
+_SHARD = re.compile(r"(\d+)-of-(\d+)")
 
 
 def read_source(names: Sequence[str], reading: Reading | None = None) -> dict[str, Split]:
@@ -102,7 +102,7 @@ def _check_parts(name: str, files: Sequence[Path]) -> None:
     """Refuse files of which one may be a copy of another: parts are of one form and none is called the whole.
 
     Raises:
-        UserError: they are not parts of one split, or a numbered part is missing.
+        UserError: they are not parts of one split, or a numbered part is missing or there twice.
     """
     whole = [path for path in files if _stem(path) in SPLIT_OF_STEM]
     kinds = {(path.parent, path.name.lower().endswith(".gz"), form_of(path)) for path in files}
@@ -111,12 +111,11 @@ def _check_parts(name: str, files: Sequence[Path]) -> None:
             f"{', '.join(map(str, files))}: each could be the {name} split, expected one file or parts of one form "
             "(train-00000-of-00002.csv, ...); name the files to read after --dataset"
         )
-    numbered = [(match, path) for path in files if (match := _SHARD.fullmatch(path.name))]
-    for match, path in numbered:
-        for number in range(int(match[3])):
-            part = f"{match[1]}{number:0{len(match[2])}}-of-{match[3]}{match[4]}"
-            if path.with_name(part) not in files:
-                raise UserError(f"{path.with_name(part)}: is missing, expected it beside {path.name}")
+    numbered = [(int(match[1]), int(match[2])) for path in files if (match := _SHARD.search(path.name))]
+    if numbered and sorted(numbered) != [(number, len(files)) for number in range(len(files))]:
+        raise UserError(
+            f"{', '.join(map(str, files))}: expected each of the {numbered[0][1]:,} parts of the {name} split once"
+        )
 
 
 def _stem(path: Path) -> str:
