@@ -89,7 +89,7 @@ def _find_files(folder: Path) -> list[Path]:
         )
         files = sorted(path for path in visible if _split_of(path) is not None)
         if files:
-            for name in set(SPLIT_OF_STEM.values()):
+            for name in dict.fromkeys(SPLIT_OF_STEM.values()):
                 _check_parts(name, [path for path in files if _split_of(path) == name])
             return files
     raise UserError(
