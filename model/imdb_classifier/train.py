@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # They decide a run's result, so a resumed run must repeat them; how it is computed may change.
 DECIDING_OPTIONS = (
     "dataset",
+    "text_column",
+    "label_column",
     "limit",
     "tokenizer",
     "vocabulary_size",
@@ -129,9 +131,11 @@ def train(options: argparse.Namespace) -> int:
 
     run_folder.check_folder(options.output_dir, options.resume, options.overwrite)
     # Data first: its faults are told before torch and transformers take their seconds to load.
+    from imdb_classifier.rows import Reading
     from imdb_classifier.splits import load_reviews
 
-    reviews = load_reviews(options.dataset, options.limit)
+    reading = Reading(options.text_column, options.label_column, options.strict_data)
+    reviews = load_reviews(options.dataset, options.limit, reading)
     from imdb_classifier.inference import make_accelerator
 
     accelerator = make_accelerator(options.precision, options.cpu)
@@ -245,6 +249,9 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     from imdb_classifier.checkpoint import STATE_FILE, other_version, read_json
 
     before = read_json(folder / STATE_FILE).get("settings")
+    if isinstance(before, dict):
+        # Older runs could not choose.
+        before = {"text_column": None, "label_column": None} | before
     if not isinstance(before, dict) or before.keys() != settings.keys():
         raise other_version(folder)
     no_options = {"data_sha256": "the data", "processes": "the number of processes"}
