@@ -21,3 +21,9 @@ def test_the_first_benchmark_says_nothing_in_a_librarys_words(tmp_path: Path) ->
     )  # fmt: skip
     assert done.returncode == 0 and "nested" in done.stdout, done.stderr
     assert not RAW.search(done.stderr), done.stderr
+
+
+def test_the_readme_says_which_sign_attn_mask_has_where_it_first_names_it() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    first = text[text.index("attn_mask") :]
+    assert first[: first.index(".")].count("**True = not allowed**") == 1, first[:200]
