@@ -12,7 +12,16 @@ RAW = re.compile(r"Warning: |^[WE]\d{4} ", re.MULTILINE)
 
 
 def test_the_first_benchmark_says_nothing_in_a_librarys_words(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench", "attention", "--quick", "--directions", "forward", "--no-pictures"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "attention",
+        "--quick",
+        "--directions",
+        "forward",
+        "--no-pictures",
+    ]
     case = ["--shapes", "B8-H4-D8-S64-imdb-fp32", "--peers", "nested,sdpa", "--label", "quiet"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
