@@ -31,9 +31,10 @@ def test_a_faulty_file_is_one_line_that_says_where_and_status_2(
 ) -> None:
     name, content, expected = FILE_FAULTS[fault]
     (tmp_path / name).write_bytes(content)
-    began = time.monotonic()
+    # CPU time, which other work on the machine does not use up
+    began = time.process_time()
     assert train.main(train_arguments(tmp_path / name, tmp_path / "run")) == 2
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     message = spoken_error(capsys)
     assert message.startswith("imdb-train: error: ")
     assert expected in message

