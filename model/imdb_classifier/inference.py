@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from imdb_classifier import launcher
 from imdb_classifier.data import ReviewBatches, TokenizedReviews, make_loader
 from imdb_classifier.errors import NonFiniteError, UserError
 
@@ -18,18 +19,29 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def make_accelerator(precision: str, cpu: bool) -> "Accelerator":
-    """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes."""
+    """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes.
+
+    Raises:
+        UserError: the precision cannot run here, or what a launcher has set in the environment cannot be served.
+    """
+    launcher.check(MIXED_PRECISION[precision])
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
+    # accelerate looks for processes on the CPU only where it is told to stay there.
+    alone_or_on_gpus = launcher.process_count() == 1 or torch.accelerator.is_available()
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=MIXED_PRECISION[precision],
-            cpu=cpu,
+            cpu=cpu or not alone_or_on_gpus,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
-    except ValueError as error:
-        raise UserError(f"precision {precision} cannot run here: {str(error).splitlines()[0]}") from None
+    except (ValueError, ImportError, torch.distributed.DistError) as error:
+        refused = "accelerate" if precision == "fp32" else f"precision {precision}"
+        raise UserError(f"{refused} cannot run here: {str(error).splitlines()[0]}") from None
+    launcher.check_processes(accelerator)
+    launcher.say_what_was_taken(accelerator, cpu)
+    return accelerator
 
 
 def resolve_attention(name: str, accelerator: "Accelerator", precision: str) -> tuple[str, str]:
