@@ -7,6 +7,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -174,13 +175,34 @@ def run_command(
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("imdb_classifier", "padfree")):
             raise
-        status, message = 2, f"needs the Python package {error.name}: pip install 'padfree[train]'"
+        status, message = 2, _describe_missing_packages(error)
     except OSError as error:
         if error.errno is None:
             raise
         status, message = 2, _describe_os_error(error)
     print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _describe_missing_packages(error: ModuleNotFoundError) -> str:
+    """All that the commands need and this Python lacks, not only what was asked for first."""
+    from importlib import metadata, util
+
+    try:
+        lines = metadata.requires("padfree") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    # e.g. "torch<2.14,>=2.11" or "tqdm; extra == 'train'"
+    needed = [
+        re.split(r"[^\w.-]", line)[0]
+        for line in lines
+        if "extra ==" not in line or re.search("extra == .train", line)
+    ]
+    missing = {name for name in needed if util.find_spec(name) is None} | {(error.name or "").split(".")[0]}
+    return (
+        f"needs the Python package{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}: "
+        "pip install -e '.[train]' in the repository of padfree"
+    )
 
 
 def _describe_os_error(error: OSError) -> str:

@@ -48,6 +48,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     from imdb_classifier import inference, weights
     from imdb_classifier.data import tokenize
+    from imdb_classifier.reporting import progress_of
 
     accelerator = inference.make_accelerator(options.precision, options.cpu)
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
@@ -55,13 +56,15 @@ def evaluate(options: argparse.Namespace) -> int:
     with accelerator.main_process_first():
         data = tokenize(split, tokenizer, model.config.max_length, options.cache_dir)
     began = time.monotonic()
-    result = inference.evaluate(
-        accelerator.prepare(model),
-        data,
-        accelerator,
-        batch_size=options.batch_size,
-        pad_token_id=model.config.pad_token_id,
-    )
+    with progress_of(options.split, len(data), accelerator.is_main_process) as after_batch:
+        result = inference.evaluate(
+            accelerator.prepare(model),
+            data,
+            accelerator,
+            batch_size=options.batch_size,
+            pad_token_id=model.config.pad_token_id,
+            after_batch=after_batch,
+        )
     seconds = time.monotonic() - began
     if not accelerator.is_main_process:
         return 0

@@ -72,13 +72,14 @@ def evaluate(
     batch_size: int,
     pad_token_id: int,
     workers: int = 0,
-    after_batch: Callable[[], None] = lambda: None,
+    after_batch: Callable[[int], None] = lambda reviews: None,
 ) -> Evaluation:
     """Classify every review in eval mode, in batches of like lengths.
 
     Args:
         model: as `accelerator.prepare` returned it.
-        after_batch: called after each batch; what it raises ends the evaluation.
+        after_batch: called with the number of its reviews after each batch, over all processes; what it raises
+            ends the evaluation.
 
     Raises:
         NonFiniteError: a logit is NaN or infinite, so that there is no loss and no label.
@@ -96,7 +97,7 @@ def evaluate(
             # Rows travel along: several processes may repeat a review to fill the last batch.
             rows, margin = accelerator.gather((batch["rows"], logits[:, 1] - logits[:, 0]))
             z[rows.cpu()] = margin.cpu()
-            after_batch()
+            after_batch(len(rows))
     finally:
         model.train(was_training)
     broken = (~z.isfinite()).nonzero().flatten().tolist()

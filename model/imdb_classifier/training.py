@@ -204,7 +204,7 @@ def evaluate_split(run: Run, name: str) -> Evaluation:
             batch_size=run.options.batch_size,
             pad_token_id=run.bare_model.config.pad_token_id,
             workers=run.options.workers,
-            after_batch=lambda: stop_if_asked(run),
+            after_batch=lambda reviews: stop_if_asked(run),
         )
     except NonFiniteError as error:
         raise NonFiniteError(
