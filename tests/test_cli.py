@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imdb_classifier import checkpoint, cli, evaluate, predict, reporting
+from imdb_classifier import checkpoint, cli, evaluate, predict, reporting, train
 from tiny_reviews import make_rows, train_arguments, write_csv
 from tiny_runs import SOURCES
 
@@ -269,3 +269,29 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
     for captured in (quick, told, shown):
         results = [{**json.loads(line), "seconds": 0} for line in captured.out.splitlines()]
         assert results == [{**json.loads(line), "seconds": 0} for line in quick.out.splitlines()]
+
+
+def test_evaluate_keeps_to_the_limit_of_the_run_and_says_so(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train.main(train_arguments(dataset, run, "--epochs", "1", "--limit", "6")) == 0
+    (record,) = checkpoint.read_json(checkpoint.resolve(run) / checkpoint.STATE_FILE)["state"]["history"]
+    arguments = ["--cpu", "--checkpoint", str(run)]
+    capsys.readouterr()
+
+    def summary(*more: str) -> dict:
+        assert evaluate.main([*arguments, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    own = summary()
+    assert (own["limit"], own["reviews"], own["accuracy"]) == (6, 6, record["test_accuracy"])
+    assert evaluate.main(arguments) == 0
+    assert "data: --limit 6 as in the run's training" in capsys.readouterr().out
+    for more, limit, reviews in (
+        (["--limit", "4"], 4, 4),
+        (["--dataset", str(dataset)], None, 10),
+        (["--split", "all"], None, 60),
+    ):
+        chosen = summary(*more)
+        assert (chosen["limit"], chosen["reviews"]) == (limit, reviews)

@@ -43,8 +43,13 @@ def evaluate(options: argparse.Namespace) -> int:
     from imdb_classifier.splits import load_split
 
     folder = resolve(options.checkpoint)
-    dataset = options.dataset if options.dataset is not None else dataset_of(folder)
-    split = load_split(dataset, options.split, options.limit)
+    dataset, limit = options.dataset, options.limit
+    if dataset is None:
+        dataset, of_the_run = data_of(folder)
+        # Without it the score would not be the one that training told; "all" is every review.
+        if limit is None and options.split != "all":
+            limit = of_the_run
+    split = load_split(dataset, options.split, limit)
 
     from imdb_classifier import inference, weights
     from imdb_classifier.data import tokenize
@@ -78,6 +83,7 @@ def evaluate(options: argparse.Namespace) -> int:
         "checkpoint": str(folder),
         "dataset": dataset,
         "split": options.split,
+        "limit": limit,
         "reviews": len(split),
         "accuracy": result.accuracy,
         "loss": result.loss,
@@ -90,14 +96,16 @@ def evaluate(options: argparse.Namespace) -> int:
         print(json.dumps(summary))
     else:
         print(f"attention: {attention} ({reason})")
+        if limit is not None and options.limit is None:
+            print(f"data: --limit {limit} as in the run's training; --limit or --dataset chooses otherwise")
         print(
             f"{options.split}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f}, {len(split):,} reviews, {seconds:.1f} s"
         )
     return 0
 
 
-def dataset_of(folder: Path) -> list[str]:
-    """The data set that a checkpoint was trained on.
+def data_of(folder: Path) -> tuple[list[str], int | None]:
+    """The data set that a checkpoint was trained on, and the run's --limit.
 
     Raises:
         UserError: the checkpoint does not say.
@@ -107,10 +115,13 @@ def dataset_of(folder: Path) -> list[str]:
     if not (folder / STATE_FILE).exists():
         raise UserError(f"{folder}: does not say what it was trained on, pass --dataset")
     settings = read_json(folder / STATE_FILE).get("settings")
-    names = settings.get("dataset") if isinstance(settings, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
+    names, limit = settings.get("dataset"), settings.get("limit")
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise UserError(f"{folder / STATE_FILE}: names no dataset, pass --dataset")
-    return names
+    if not (limit is None or type(limit) is int and limit > 0):
+        raise UserError(f"{folder / STATE_FILE}: the run's limit is {limit!r}, pass --limit or --dataset")
+    return names, limit
 
 
 if __name__ == "__main__":
