@@ -180,6 +180,16 @@ def test_a_run_goes_on_under_another_wrapper_and_equals_one_that_had_none(
     assert predict.main(["--cpu", "--checkpoint", str(run), "a good film"]) == 0
 
 
+def test_a_backend_that_cannot_compile_here_is_one_line(finished_run: Path) -> None:
+    arguments = ["--cpu", "--checkpoint", str(finished_run), "a film"]
+    # torch knows its name; its package is not installed.
+    shown = run_module("predict", *arguments, ACCELERATE_DYNAMO_BACKEND="TVM")
+    assert (shown.returncode, shown.stdout) == (2, "")
+    message = shown.stderr.splitlines()[-1]
+    assert message.startswith("imdb-predict: error: torch.compile cannot compile the model here: ")
+    assert "install apache-tvm" in message
+
+
 def test_torchrun_without_a_gpu_trains_one_run_on_the_cpu_that_everything_reads(
     dataset: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

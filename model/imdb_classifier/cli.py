@@ -180,6 +180,12 @@ def run_command(
         if error.errno is None:
             raise
         status, message = 2, _describe_os_error(error)
+    except Exception as error:
+        # torch.compile, which a launcher may ask for, fails with types of its own.
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = " ".join(str(error).splitlines()[:2])
+        status, message = 2, f"torch.compile cannot compile the model here: {reason}"
     print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 

@@ -113,7 +113,8 @@ def check(mixed_precision: str) -> None:
     # `accelerate launch` always sets it, to "no" unless asked for more.
     if asked not in ("no", mixed_precision):
         raise UserError(
-            f"ACCELERATE_MIXED_PRECISION={asked} is not what --precision says: pass --precision alone"
+            f"ACCELERATE_MIXED_PRECISION={asked} is not what --precision says, which is {mixed_precision}: "
+            "choose with --precision"
         )
     _check_compilation(os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower())
 
