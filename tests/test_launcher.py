@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from imdb_classifier import checkpoint, evaluate, launcher, predict, train, weights
 from imdb_classifier.errors import UserError
@@ -126,6 +127,10 @@ def test_processes_that_did_not_find_each_other_are_refused(monkeypatch: pytest.
     launcher.check_processes(Namespace(num_processes=2))
     with pytest.raises(UserError, match="one of 2 processes that did not find each other"):
         launcher.check_processes(Namespace(num_processes=1))
+    # torchrun inside the only task of a job
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert launcher.process_count() == 3
 
 
 def run_module(
@@ -135,7 +140,7 @@ def run_module(
     environment = {
         **os.environ,
         "PYTHONPATH": SOURCES,
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "CUDA_VISIBLE_DEVICES": "",
         **variables,
     }
@@ -153,6 +158,23 @@ def run_module(
         text=True,
         check=False,
     )
+
+
+PROCESSES = ("CUDA_", "LOCAL_", "MASTER_", "MPI_", "MV2_", "OMPI_", "OMP_", "PMI_", "RANK")
+
+
+def test_a_setting_that_is_left_alone_leaves_the_result_as_it_is(
+    dataset: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    left_alone = {name for name in variables_of_accelerate() if name.startswith(launcher.INERT)}
+    left_alone -= launcher.REFUSED.keys()
+    variables = {name: "1" for name in left_alone if not name.startswith(PROCESSES)}
+    variables |= dict.fromkeys(("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"), "true")
+    variables["ACCELERATE_LOG_LEVEL"] = "DEBUG"
+    assert len(variables) > 40
+    shown = run_module("train", *train_arguments(dataset, tmp_path / "run"), **variables)
+    assert shown.returncode == 0, shown.stderr
+    assert_same_run(tmp_path / "run", finished_run)
 
 
 def without_cpu(arguments: list[str]) -> list[str]:

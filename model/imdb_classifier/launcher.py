@@ -38,12 +38,12 @@ FLAGS = (
     "ACCELERATE_USE_CPU",
     "ACCELERATE_DEBUG_MODE",
     "ACCELERATE_CPU_AFFINITY",
+    "ACCELERATE_ENABLE_RICH",
     "ACCELERATE_DYNAMO_USE_FULLGRAPH",
     "ACCELERATE_DYNAMO_USE_DYNAMIC",
 )
 CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-# in accelerate's order
 PROCESS_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
 # Without effect on a command's result, by name or by beginning: they qualify a setting that is refused, or concern
@@ -54,7 +54,6 @@ INERT = (
     "ACCELERATE_CONFIG_DS_FIELDS",
     "ACCELERATE_DEBUG_RDV_FILE",
     "ACCELERATE_DEEPSPEED_",
-    "ACCELERATE_ENABLE_RICH",
     "ACCELERATE_FP8_",
     "ACCELERATE_INIT_INCLUDE_BUFFERS",
     "ACCELERATE_LOG_LEVEL",
@@ -134,7 +133,8 @@ def _check_compilation(name: str) -> None:
 
 def process_count() -> int:
     """The processes that a launcher has started, this one among them."""
-    return next((int(os.environ[name]) for name in PROCESS_COUNTS if name in os.environ), 1)
+    # The largest, since a launcher may stand inside another's only process.
+    return max((int(os.environ[name]) for name in PROCESS_COUNTS if name in os.environ), default=1)
 
 
 def check_processes(accelerator: "Accelerator") -> None:
