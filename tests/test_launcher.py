@@ -9,11 +9,12 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from imdb_classifier import checkpoint, evaluate, launcher, predict, train, weights
+from imdb_classifier import checkpoint, evaluate, inference, launcher, predict, train, weights
 from imdb_classifier.errors import UserError
 from tiny_reviews import train_arguments
 from tiny_runs import SOURCES, assert_same_run, contents
@@ -131,6 +132,22 @@ def test_processes_that_did_not_find_each_other_are_refused(monkeypatch: pytest.
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert launcher.process_count() == 3
+
+
+def test_torch_compile_turns_no_tf32_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate
+
+    original = accelerate.Accelerator
+
+    def as_on_a_gpu(**options: Any) -> accelerate.Accelerator:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return original(**options)
+
+    monkeypatch.setattr(accelerate, "Accelerator", as_on_a_gpu)
+    before = torch.backends.cuda.matmul.allow_tf32
+    inference.make_accelerator("fp32", cpu=True)
+    after, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, before
+    assert (before, after) == (False, False)
 
 
 def run_module(

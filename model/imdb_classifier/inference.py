@@ -28,6 +28,7 @@ def make_accelerator(precision: str, cpu: bool) -> "Accelerator":
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     # accelerate looks for processes on the CPU only where it is told to stay there.
     alone_or_on_gpus = launcher.process_count() == 1 or torch.accelerator.is_available()
     try:
@@ -39,6 +40,8 @@ def make_accelerator(precision: str, cpu: bool) -> "Accelerator":
     except (ValueError, ImportError, torch.distributed.DistError) as error:
         refused = "accelerate" if precision == "fp32" else f"precision {precision}"
         raise UserError(f"{refused} cannot run here: {str(error).splitlines()[0]}") from None
+    # accelerate turns it on beside torch.compile; --precision fp32 is no TF32.
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     launcher.check_processes(accelerator)
     launcher.say_what_was_taken(accelerator, cpu)
     return accelerator

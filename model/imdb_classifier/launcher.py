@@ -33,7 +33,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "ACCELERATE_USE_SAGEMAKER": (("", *OFF), "start it with torchrun or accelerate launch"),
 }
 
-# What is taken, and said where it changes anything: `notes`, or the line that names device and processes.
+# What is taken, and said where it changes anything: see `say_what_was_taken`.
 FLAGS = (
     "ACCELERATE_USE_CPU",
     "ACCELERATE_DEBUG_MODE",
