@@ -207,6 +207,19 @@ def test_a_copy_that_is_the_last_intact_checkpoint_is_not_lost(
     assert_same_run(run, finished_run)
 
 
+def test_a_damaged_checkpoint_with_files_of_the_users_makes_no_way_for_its_copy(
+    dataset: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    copied_with_links_followed(finished_run, run)
+    own = run / checkpoint.CHECKPOINTS / checkpoint.resolve(finished_run / "last").name
+    (own / "model.safetensors").write_bytes(b"")
+    (own / "notes.txt").write_text("mine")
+    assert train.main(train_arguments(dataset, run, "--resume")) == 2
+    assert "is damaged and holds other files than a checkpoint's, move it away" in capsys.readouterr().err
+    assert (own / "notes.txt").read_text() == "mine"
+
+
 def users_notes(place: Path) -> None:
     (place / "notes.txt").write_text("mine")
 

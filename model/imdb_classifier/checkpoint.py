@@ -146,10 +146,10 @@ def is_intact(folder: Path) -> bool:
     return True
 
 
-def holds_other_files(folder: Path) -> bool:
-    """Whether somebody has put files of their own into an otherwise readable checkpoint."""
+def holds_other_files(folder: Path, like: Path | None = None) -> bool:
+    """Whether somebody has put files of their own into a checkpoint that is otherwise readable, or `like` one."""
     try:
-        own = read_manifest(folder).keys() | {MANIFEST}
+        own = read_manifest(like or folder).keys() | {MANIFEST}
     except UserError:
         return False
     return any(path.name not in own for path in folder.iterdir())

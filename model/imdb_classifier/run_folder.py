@@ -76,6 +76,8 @@ def adopt_copies(run_folder: Path) -> None:
             raise checkpoint.other_version(copy) from None
         own = run_folder / CHECKPOINTS / position.folder_name
         if not checkpoint.is_intact(own):
+            if own.is_dir() and checkpoint.holds_other_files(own, like=copy):
+                raise UserError(f"{own}: is damaged and holds other files than a checkpoint's, move it away")
             own.parent.mkdir(exist_ok=True)
             checkpoint.remove(own)
             copy.rename(own)
