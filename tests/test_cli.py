@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imdb_classifier import checkpoint, cli, evaluate, predict
+from imdb_classifier import checkpoint, cli, evaluate, predict, reporting, train
 from tiny_reviews import make_rows, train_arguments, write_csv
 from tiny_runs import SOURCES
 
@@ -230,6 +231,28 @@ def test_the_commands_need_no_package_datasets_for_a_file(suffix: str, tmp_path:
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    ("absent", "named"),
+    [
+        (["accelerate", "safetensors", "transformers"], "packages accelerate, safetensors, transformers"),
+        (["torch"], "package torch"),
+    ],
+    ids=["of the extra", "of the kernel"],
+)
+def test_all_missing_packages_are_named_at_once_with_a_command_that_installs_them(
+    absent: list[str], named: str
+) -> None:
+    program = (
+        f"import sys; sys.modules |= dict.fromkeys({absent})\n"
+        "from imdb_classifier.predict import main; sys.exit(main(['--checkpoint', '.', 'a film']))"
+    )
+    shown = run_python("-c", program)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr == (
+        f"imdb-predict: error: needs the Python {named}: pip install -e '.[train]' in the repository of padfree\n"
+    )
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_a_hub_id_without_the_package_datasets_is_one_line_and_status_2(
     command: str, finished_run: Path, tmp_path: Path
@@ -242,3 +265,62 @@ def test_a_hub_id_without_the_package_datasets_is_one_line_and_status_2(
         f"imdb-{command}: error: dataset 'stanfordnlp/imdb' needs the package datasets: "
         "pip install datasets, or pip install -e '.[train,hub]' in padfree's folder\n"
     )
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(
+    command: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, words = {"evaluate": (evaluate.main, []), "predict": (predict.main, ["a film"] * 10)}[command]
+    arguments = ["--cpu", "--checkpoint", str(finished_run), "--batch-size", "4", "--json", *words]
+    label = {"evaluate": "test", "predict": "predict"}[command]
+
+    assert main(arguments) == 0
+    quick = capsys.readouterr()
+    assert quick.err == ""
+    # As if each batch took ten seconds.
+    monkeypatch.setattr(reporting, "SECONDS_BETWEEN_LINES", 0)
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    lines = [rf"{label}: review {done}/10, [\d,]+ reviews/s" for done in (4, 8, 10)]
+    assert re.fullmatch("\n".join(lines) + "\n", told.err)
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert label in terminal.getvalue() and "10" in terminal.getvalue() and "review/s" in terminal.getvalue()
+    # Standard output holds the result and nothing else.
+    for captured in (quick, told, shown):
+        results = [{**json.loads(line), "seconds": 0} for line in captured.out.splitlines()]
+        assert results == [{**json.loads(line), "seconds": 0} for line in quick.out.splitlines()]
+
+
+def test_evaluate_keeps_to_the_limit_of_the_run_and_says_so(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train.main(train_arguments(dataset, run, "--epochs", "1", "--limit", "6")) == 0
+    (record,) = checkpoint.read_json(checkpoint.resolve(run) / checkpoint.STATE_FILE)["state"]["history"]
+    arguments = ["--cpu", "--checkpoint", str(run)]
+    capsys.readouterr()
+
+    def summary(*more: str) -> dict:
+        assert evaluate.main([*arguments, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    own = summary()
+    assert (own["limit"], own["reviews"], own["accuracy"]) == (6, 6, record["test_accuracy"])
+    assert evaluate.main(arguments) == 0
+    assert "data: --limit 6 as in the run's training" in capsys.readouterr().out
+    for more, limit, reviews in (
+        (["--limit", "4"], 4, 4),
+        (["--dataset", str(dataset)], None, 10),
+        (["--split", "all"], None, 60),
+    ):
+        chosen = summary(*more)
+        assert (chosen["limit"], chosen["reviews"]) == (limit, reviews)

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import os
 import random
 import sys
 import threading
@@ -262,6 +263,20 @@ def test_a_token_cache_that_could_not_be_written_to_its_end_is_not_there(
     assert len(seen) == 1 and not seen[0].startswith("tokens-")
     assert list(tmp_path.iterdir()) == []
     assert len(tokenize(split, tokenizer, 24, tmp_path)) == 20
+
+
+def test_what_a_kill_left_half_written_in_the_token_cache_goes_and_what_is_being_written_stays(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    left, being_written = (tmp_path / f".building-{n}-tokens-abc.bin" for n in (1, 2))
+    mine = tmp_path / ".building-plans"
+    for path in (left, being_written, mine):
+        path.write_bytes(b"half")
+    for path in (left, mine):
+        os.utime(path, (0, 0))
+    tokenize(Split(["a film"], [1]), tokenizer, 24, tmp_path)
+    assert not left.exists()
+    assert being_written.exists() and mine.exists()
 
 
 def test_tokens_are_kept_in_hf_home_unless_told_otherwise(

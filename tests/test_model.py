@@ -278,3 +278,20 @@ def test_the_presets_are_the_notebooks_two_configurations():
     sizes = ("input_dim", "d_model", "n_layers", "n_heads", "dff", "dropout_rate", "max_length")
     assert [getattr(small, name) for name in sizes] == [32, 32, 2, 4, 32, 0.1, 400]
     assert [getattr(large, name) for name in sizes] == [32, 128, 5, 4, 256, 0.1, 400]
+
+
+def test_the_notebooks_names_are_the_packages():
+    import imdb_classifier
+    from imdb_classifier import modeling
+
+    # where the notebook defines a class or a function of its model
+    for name in (
+        "SelfAttention",
+        "MultiHeadAttention",
+        "TransformerLayer",
+        "Transformer",
+        "positional_encoding",
+        "TextClassifier",
+    ):
+        assert getattr(imdb_classifier, name) is getattr(modeling, name)
+    assert set(imdb_classifier.__all__) == set(imdb_classifier._HOME)

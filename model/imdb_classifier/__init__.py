@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from imdb_classifier.attention import ATTENTION_NAMES, choose_attention, get_attention
     from imdb_classifier.configuration import PRESETS, TextClassifierConfig
-    from imdb_classifier.modeling import TextClassifier
+    from imdb_classifier.modeling import (
+        MultiHeadAttention,
+        SelfAttention,
+        TextClassifier,
+        Transformer,
+        TransformerLayer,
+        positional_encoding,
+    )
 
 _HOME = {
     "ATTENTION_NAMES": "attention",
@@ -17,16 +24,26 @@ _HOME = {
     "get_attention": "attention",
     "PRESETS": "configuration",
     "TextClassifierConfig": "configuration",
+    "MultiHeadAttention": "modeling",
+    "SelfAttention": "modeling",
     "TextClassifier": "modeling",
+    "Transformer": "modeling",
+    "TransformerLayer": "modeling",
+    "positional_encoding": "modeling",
 }
 
 __all__ = [
     "ATTENTION_NAMES",
     "PRESETS",
+    "MultiHeadAttention",
+    "SelfAttention",
     "TextClassifier",
     "TextClassifierConfig",
+    "Transformer",
+    "TransformerLayer",
     "choose_attention",
     "get_attention",
+    "positional_encoding",
 ]
 
 

@@ -6,6 +6,7 @@ optimizer.safetensors, rng.safetensors, training_state.json and manifest.json, w
 SHA-256 of every other file and of itself.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -27,8 +28,12 @@ RNG_FILE = "rng.safetensors"
 STATE_FILE = "training_state.json"
 FORMAT = 1
 KEPT_BEHIND_LAST = 1
+LINKS = ("last", "best")
+MAXLINK_BYTES = 4096
 _FILE_NAME = re.compile(r"\w[\w.-]*")
 _NAME = re.compile(r"epoch-(\d{4,})-batch-(\d{6,})")
+# what such a link says, in a relative or an absolute path and with either system's separators
+LINK = re.compile(rf"(?:.*[/\\])?{CHECKPOINTS}[/\\]({_NAME.pattern})[/\\]?\s*")
 
 
 @dataclass(frozen=True, order=True)
@@ -51,7 +56,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = folder.with_name(f".building-{folder.name}")
-    _remove(building)
+    remove(building)
     building.mkdir()
     try:
         fill(building)
@@ -64,7 +69,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         _flush(building / MANIFEST)
         _flush(building)
         if folder.exists():
-            _remove(folder)
+            remove(folder)
         os.rename(building, folder)
         _flush(folder.parent)
     except BaseException:
@@ -72,7 +77,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Delete a folder; renamed first, so that no half-deleted checkpoint keeps its name."""
     if folder.exists():
         doomed = folder.with_name(f".deleting-{folder.name}")
@@ -141,10 +146,10 @@ def is_intact(folder: Path) -> bool:
     return True
 
 
-def _holds_other_files(folder: Path) -> bool:
-    """Whether somebody has put files of their own into an otherwise readable checkpoint."""
+def holds_other_files(folder: Path, like: Path | None = None) -> bool:
+    """Whether somebody has put files of their own into a checkpoint that is otherwise readable, or `like` one."""
     try:
-        own = read_manifest(folder).keys() | {MANIFEST}
+        own = read_manifest(like or folder).keys() | {MANIFEST}
     except UserError:
         return False
     return any(path.name not in own for path in folder.iterdir())
@@ -175,13 +180,39 @@ def newest_intact(run_folder: Path) -> Path:
 
 def resolve(path: Path) -> Path:
     """The checkpoint folder that a path on the command line means: itself, or a run's best, else newest."""
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint, train one with imdb-train or pass --checkpoint")
-    if not path.is_dir():
-        raise UserError(f"{path}: is a file, expected a checkpoint folder")
     if (path / CHECKPOINTS).is_dir():
-        path = path / "best" if (path / "best").exists() else newest_intact(path)
-    return path.resolve()
+        best = path / "best"
+        if os.path.lexists(best) and led_to(best) is None:
+            warn(f"{best}: leads to no checkpoint of this run; taking the newest")
+        return led_to(best) or newest_intact(path).resolve()
+    if folder := led_to(path):
+        return folder
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link to {os.readlink(path)}, which is not there")
+    if path.exists():
+        raise UserError(f"{path}: is a file, expected a checkpoint folder")
+    raise UserError(f"{path}: no such checkpoint, train one with imdb-train or pass --checkpoint")
+
+
+def led_to(link: Path) -> Path | None:
+    """The folder that `best` or `last` of a run means, also where the run has travelled; None if there is none.
+
+    Copied with links followed it is a folder itself; unpacked without links it is a file that holds the link's target;
+    and a link to an absolute path leads nowhere once the run has moved, but names a checkpoint of it.
+    """
+    if link.is_dir():
+        return link.resolve()
+    match = LINK.fullmatch(written_in(link))
+    folder = link.parent / CHECKPOINTS / match[1] if match else link
+    return folder.resolve() if folder.is_dir() else None
+
+
+def written_in(link: Path) -> str:
+    if link.is_symlink():
+        return os.readlink(link)
+    if not link.is_file() or link.stat().st_size > MAXLINK_BYTES:
+        return ""
+    return link.read_bytes().decode("utf-8", "replace")
 
 
 def settle(run_folder: Path, last: Position, best: Position | None) -> None:
@@ -194,10 +225,10 @@ def settle(run_folder: Path, last: Position, best: Position | None) -> None:
     _point_to(run_folder, "best", best)
     for position in positions(run_folder)[: -1 - KEPT_BEHIND_LAST]:
         folder = run_folder / CHECKPOINTS / position.folder_name
-        if position != best and not _holds_other_files(folder):
-            _remove(folder)
-    for pattern in (".building-*", ".deleting-*"):
-        for leftover in (run_folder / CHECKPOINTS).glob(pattern):
+        if position != best and not holds_other_files(folder):
+            remove(folder)
+    for pattern in (f"{CHECKPOINTS}/.building-*", f"{CHECKPOINTS}/.deleting-*", ".deleting-*"):
+        for leftover in run_folder.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -208,7 +239,14 @@ def _point_to(run_folder: Path, link: str, position: Position | None) -> None:
         return
     temporary = run_folder / f".{link}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(Path(CHECKPOINTS) / position.folder_name)
+    target = f"{CHECKPOINTS}/{position.folder_name}"
+    try:
+        temporary.symlink_to(target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # A file system without links; `led_to` reads the text of one as well.
+        temporary.write_text(target, encoding="utf-8")
     os.replace(temporary, run_folder / link)
 
 
@@ -216,7 +254,7 @@ def drop_after(run_folder: Path, position: Position) -> None:
     """Delete the checkpoints that are newer than `position`."""
     for later in positions(run_folder):
         if later > position:
-            _remove(run_folder / CHECKPOINTS / later.folder_name)
+            remove(run_folder / CHECKPOINTS / later.folder_name)
 
 
 def other_version(folder: Path) -> UserError:

@@ -7,6 +7,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -194,13 +195,40 @@ def run_command(
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("imdb_classifier", "padfree")):
             raise
-        status, message = 2, f"needs the Python package {error.name}: pip install 'padfree[train]'"
+        status, message = 2, _describe_missing_packages(error)
     except OSError as error:
         if error.errno is None:
             raise
         status, message = 2, _describe_os_error(error)
+    except Exception as error:
+        # torch.compile, which a launcher may ask for, fails with types of its own.
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = " ".join(str(error).splitlines()[:2])
+        status, message = 2, f"torch.compile cannot compile the model here: {reason}"
     print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _describe_missing_packages(error: ModuleNotFoundError) -> str:
+    """All that the commands need and this Python lacks, not only what was asked for first."""
+    from importlib import metadata, util
+
+    try:
+        lines = metadata.requires("padfree") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    # e.g. "torch<2.14,>=2.11" or "tqdm; extra == 'train'"
+    needed = [
+        re.split(r"[^\w.-]", line)[0]
+        for line in lines
+        if "extra ==" not in line or re.search("extra == .train", line)
+    ]
+    missing = {name for name in needed if util.find_spec(name) is None} | {(error.name or "").split(".")[0]}
+    return (
+        f"needs the Python package{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}: "
+        "pip install -e '.[train]' in the repository of padfree"
+    )
 
 
 def _describe_os_error(error: OSError) -> str:
@@ -219,3 +247,7 @@ def _quieten_libraries() -> None:
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import signal
+import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +29,8 @@ WINDOW_IN_BATCHES = 32
 CACHE_FORMAT = 1
 # A call of the tokenizer keeps offsets, masks and the cut-off rest of all its texts until it returns.
 REVIEWS_AT_A_TIME = 1_000
+# Writing a cache file takes seconds: what has stood half written for a day was left by a kill.
+LEFTOVER_SECONDS = 24 * 3600
 
 
 class TokenizedReviews(torch.utils.data.Dataset):
@@ -95,6 +99,11 @@ def _write_whole(path: Path, content: bytes) -> None:
         building.replace(path)
     finally:
         building.unlink(missing_ok=True)
+    for leftover in path.parent.glob(".building-*-tokens-*.bin"):
+        # Another process may be deleting it too.
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
 
 
 class ReviewBatches(Sampler[list[int]]):

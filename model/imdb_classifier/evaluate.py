@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from imdb_classifier import cli
 from imdb_classifier.errors import UserError
@@ -44,12 +45,21 @@ def evaluate(options: argparse.Namespace) -> int:
     from imdb_classifier.splits import load_split
 
     folder = resolve(options.checkpoint)
-    dataset, text, label = (options.dataset, None, None) if options.dataset is not None else source_of(folder)
-    reading = Reading(options.text_column or text, options.label_column or label, options.strict_data)
-    split = load_split(dataset, options.split, options.limit, reading)
+    source = source_of(folder) if options.dataset is None else Source(options.dataset)
+    limit = options.limit
+    # Without it the score would not be the one that training told; "all" is every review.
+    if limit is None and options.split != "all":
+        limit = source.limit
+    reading = Reading(
+        options.text_column or source.text_column,
+        options.label_column or source.label_column,
+        options.strict_data,
+    )
+    split = load_split(source.names, options.split, limit, reading)
 
     from imdb_classifier import inference, weights
     from imdb_classifier.data import tokenize
+    from imdb_classifier.reporting import progress_of
 
     accelerator = inference.make_accelerator(options.precision, options.cpu)
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
@@ -57,13 +67,15 @@ def evaluate(options: argparse.Namespace) -> int:
     with accelerator.main_process_first():
         data = tokenize(split, tokenizer, model.config.max_length, options.cache_dir)
     began = time.monotonic()
-    result = inference.evaluate(
-        accelerator.prepare(model),
-        data,
-        accelerator,
-        batch_size=options.batch_size,
-        pad_token_id=model.config.pad_token_id,
-    )
+    with progress_of(options.split, len(data), accelerator.is_main_process) as after_batch:
+        result = inference.evaluate(
+            accelerator.prepare(model),
+            data,
+            accelerator,
+            batch_size=options.batch_size,
+            pad_token_id=model.config.pad_token_id,
+            after_batch=after_batch,
+        )
     seconds = time.monotonic() - began
     if not accelerator.is_main_process:
         return 0
@@ -75,8 +87,9 @@ def evaluate(options: argparse.Namespace) -> int:
         options.logits.write_text("".join(lines), encoding="utf-8")
     summary = {
         "checkpoint": str(folder),
-        "dataset": dataset,
+        "dataset": source.names,
         "split": options.split,
+        "limit": limit,
         "reviews": len(split),
         "accuracy": result.accuracy,
         "loss": result.loss,
@@ -91,14 +104,25 @@ def evaluate(options: argparse.Namespace) -> int:
         for note in reading.notes:
             print(f"data: {note}")
         print(f"attention: {attention} ({reason})")
+        if limit is not None and options.limit is None:
+            print(f"data: --limit {limit} as in the run's training; --limit or --dataset chooses otherwise")
         print(
             f"{options.split}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f}, {len(split):,} reviews, {seconds:.1f} s"
         )
     return 0
 
 
-def source_of(folder: Path) -> tuple[list[str], str | None, str | None]:
-    """The data set that a checkpoint was trained on, and its columns of texts and labels where they were named.
+class Source(NamedTuple):
+    """What to read: a data set by its names, its columns where they were named, and how many reviews of a split."""
+
+    names: list[str]
+    text_column: str | None = None
+    label_column: str | None = None
+    limit: int | None = None
+
+
+def source_of(folder: Path) -> Source:
+    """What a checkpoint was trained on.
 
     Raises:
         UserError: the checkpoint does not say.
@@ -109,12 +133,16 @@ def source_of(folder: Path) -> tuple[list[str], str | None, str | None]:
         raise UserError(f"{folder}: does not say what it was trained on, pass --dataset")
     settings = read_json(folder / STATE_FILE).get("settings")
     settings = settings if isinstance(settings, dict) else {}
-    names, text, label = (settings.get(name) for name in ("dataset", "text_column", "label_column"))
+    names, text, label, limit = (
+        settings.get(name) for name in ("dataset", "text_column", "label_column", "limit")
+    )
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise UserError(f"{folder / STATE_FILE}: names no dataset, pass --dataset")
     if not all(column is None or isinstance(column, str) for column in (text, label)):
         raise UserError(f"{folder / STATE_FILE}: names no columns, pass --dataset")
-    return names, text, label
+    if not (limit is None or type(limit) is int and limit > 0):
+        raise UserError(f"{folder / STATE_FILE}: the run's limit is {limit!r}, pass --limit or --dataset")
+    return Source(names, text, label, limit)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from imdb_classifier import launcher
 from imdb_classifier.data import ReviewBatches, TokenizedReviews, make_loader
 from imdb_classifier.errors import NonFiniteError, UserError
 
@@ -18,18 +19,32 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def make_accelerator(precision: str, cpu: bool) -> "Accelerator":
-    """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes."""
+    """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes.
+
+    Raises:
+        UserError: the precision cannot run here, or what a launcher has set in the environment cannot be served.
+    """
+    launcher.check(MIXED_PRECISION[precision])
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    # accelerate looks for processes on the CPU only where it is told to stay there.
+    alone_or_on_gpus = launcher.process_count() == 1 or torch.accelerator.is_available()
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=MIXED_PRECISION[precision],
-            cpu=cpu,
+            cpu=cpu or not alone_or_on_gpus,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
-    except ValueError as error:
-        raise UserError(f"precision {precision} cannot run here: {str(error).splitlines()[0]}") from None
+    except (ValueError, ImportError, torch.distributed.DistError) as error:
+        refused = "accelerate" if precision == "fp32" else f"precision {precision}"
+        raise UserError(f"{refused} cannot run here: {str(error).splitlines()[0]}") from None
+    # accelerate turns it on beside torch.compile; --precision fp32 is no TF32.
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    launcher.check_processes(accelerator)
+    launcher.say_what_was_taken(accelerator, cpu)
+    return accelerator
 
 
 def resolve_attention(name: str, accelerator: "Accelerator", precision: str) -> tuple[str, str]:
@@ -60,13 +75,14 @@ def evaluate(
     batch_size: int,
     pad_token_id: int,
     workers: int = 0,
-    after_batch: Callable[[], None] = lambda: None,
+    after_batch: Callable[[int], None] = lambda reviews: None,
 ) -> Evaluation:
     """Classify every review in eval mode, in batches of like lengths.
 
     Args:
         model: as `accelerator.prepare` returned it.
-        after_batch: called after each batch; what it raises ends the evaluation.
+        after_batch: called with the number of its reviews after each batch, over all processes; what it raises
+            ends the evaluation.
 
     Raises:
         NonFiniteError: a logit is NaN or infinite, so that there is no loss and no label.
@@ -84,7 +100,7 @@ def evaluate(
             # Rows travel along: several processes may repeat a review to fill the last batch.
             rows, margin = accelerator.gather((batch["rows"], logits[:, 1] - logits[:, 0]))
             z[rows.cpu()] = margin.cpu()
-            after_batch()
+            after_batch(len(rows))
     finally:
         model.train(was_training)
     broken = (~z.isfinite()).nonzero().flatten().tolist()

@@ -111,19 +111,22 @@ def predict(options: argparse.Namespace) -> int:
     from imdb_classifier import inference, weights
     from imdb_classifier.configuration import LABELS
     from imdb_classifier.data import TokenizedReviews
+    from imdb_classifier.reporting import progress_of
     from imdb_classifier.tokenization import encode
 
     accelerator = inference.make_accelerator(options.precision, options.cpu)
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
     model, tokenizer = weights.load_classifier(folder, attention)
     token_ids = encode(tokenizer, texts, model.config.max_length)
-    z = inference.evaluate(
-        accelerator.prepare(model),
-        TokenizedReviews.from_lists(token_ids, [0] * len(texts)),
-        accelerator,
-        batch_size=options.batch_size,
-        pad_token_id=model.config.pad_token_id,
-    ).z
+    with progress_of("predict", len(texts), accelerator.is_main_process) as after_batch:
+        z = inference.evaluate(
+            accelerator.prepare(model),
+            TokenizedReviews.from_lists(token_ids, [0] * len(texts)),
+            accelerator,
+            batch_size=options.batch_size,
+            pad_token_id=model.config.pad_token_id,
+            after_batch=after_batch,
+        ).z
     if not accelerator.is_main_process:
         return 0
     if not options.json:

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,68 @@ PLOT_FILE = "curves.png"
 SECONDS_BETWEEN_LINES = 10.0
 
 
+class Progress:
+    """How far a pass over reviews is: a bar where standard error is a terminal, else a line every ten seconds.
+
+    Args:
+        label: what is going on, at the front of bar and line.
+        total: steps of the whole pass, each a `unit`; `done` of them are behind it already.
+        say: where the lines go.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, say: Callable[[str], None], done: int = 0):
+        self.label, self.total, self.unit, self.say, self.done = label, total, unit, say, done
+        self._began = self._said_at = time.monotonic()
+        self._reviews = 0
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False)
+
+    def advance(self, steps: int, reviews: int, note: str = "") -> None:
+        """After `steps` more steps, in which `reviews` were computed; `note` stands before their rate."""
+        self.done = min(self.done + steps, self.total)
+        self._reviews += reviews
+        now = time.monotonic()
+        rate = f"{note}{self._reviews / max(now - self._began, 1e-9):,.0f} reviews/s"
+        if self._bar is not None:
+            self._bar.update(self.done - self._bar.n)
+            self._bar.set_postfix_str(rate, refresh=False)
+        elif now - self._said_at >= SECONDS_BETWEEN_LINES:
+            self._said_at = now
+            self.say(f"{self.label}: {self.unit} {self.done:,}/{self.total:,}, {rate}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+@contextmanager
+def progress_of(label: str, reviews: int, active: bool) -> Iterator[Callable[[int], None]]:
+    """For a command whose standard output is its result: tells `reviews` on standard error; call it per batch.
+
+    The function that is returned takes the number of reviews in the batch; where not `active` it does nothing.
+    """
+    if not active:
+        yield lambda batch: None
+        return
+    progress = Progress(label, reviews, "review", lambda line: print(line, file=sys.stderr, flush=True))
+    try:
+        yield lambda batch: progress.advance(batch, batch)
+    finally:
+        progress.close()
+
+
 class Reporter:
     """Writes only where `active` (the main process); every method may be called everywhere."""
 
     def __init__(self, run_folder: Path, active: bool, position: Position):
         self.run_folder = run_folder
         self.active = active
-        self._bar: Any = None
+        self._progress: Progress | None = None
         self._board: Any = None
-        self._said_at = 0.0
         if active:
             self._drop_metrics_after(position)
             self._file = (run_folder / METRICS_FILE).open("a", encoding="utf-8")
@@ -70,33 +125,18 @@ class Reporter:
                     self._board.add_scalar(name, value, step)
 
     def start_epoch(self, number: int, epochs: int, done: int, total: int) -> None:
-        self._label = f"epoch {number}/{epochs}"
-        self._total = total
-        self._done_before, self._began, self._reviews = done, time.monotonic(), 0
-        self._said_at = self._began
-        if self.active and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, desc=self._label, unit="batch", leave=False)
+        if self.active:
+            self._progress = Progress(f"epoch {number}/{epochs}", total, "batch", self.say, done)
 
     def step(self, done: int, reviews: int, mean_loss: float) -> None:
         """After each batch: `done` batches of the epoch, `reviews` in this one, the epoch's mean loss so far."""
-        self._reviews += reviews
-        now = time.monotonic()
-        rate = self._reviews / max(now - self._began, 1e-9)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-            self._bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate:,.0f} reviews/s", refresh=False)
-        elif now - self._said_at >= SECONDS_BETWEEN_LINES:
-            self._said_at = now
-            self.say(
-                f"{self._label}: batch {done}/{self._total}, loss {mean_loss:.4f}, {rate:,.0f} reviews/s"
-            )
+        if self._progress is not None:
+            self._progress.advance(done - self._progress.done, reviews, f"loss {mean_loss:.4f}, ")
 
     def end_epoch(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
 
     def plot(self, history: list[dict[str, Any]]) -> None:
         if not self.active:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from imdb_classifier.checkpoint import CHECKPOINTS, positions
+from imdb_classifier import checkpoint
+from imdb_classifier.checkpoint import CHECKPOINTS, LINKS, positions
 from imdb_classifier.errors import UserError
 
 LOCK_FILE = ".lock"
-CONTENTS = (CHECKPOINTS, "best", "last", "tensorboard", "metrics.jsonl", "curves.png", "non_finite.json")
+CONTENTS = (CHECKPOINTS, *LINKS, "tensorboard", "metrics.jsonl", "curves.png", "non_finite.json")
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -21,10 +22,69 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, expected a folder for the run")
-    if resume and not positions(folder):
+    check_links(folder)
+    holds_run = bool(positions(folder) or copies(folder))
+    if resume and not holds_run:
         raise UserError(f"{folder}: holds no run to resume")
-    if positions(folder) and not (resume or overwrite):
+    if holds_run and not (resume or overwrite):
         raise UserError(f"{folder}: holds a run already, pass --resume, --overwrite or another --output-dir")
+
+
+def _link_places(run_folder: Path) -> list[Path]:
+    """Where a run's links stand, and where each is made before it is renamed."""
+    return [run_folder / name for link in LINKS for name in (link, f".{link}")]
+
+
+def copies(run_folder: Path) -> list[Path]:
+    """The folders that stand in the place of the run's links, as after a copy that followed them."""
+    return [place for place in _link_places(run_folder) if place.is_dir() and not place.is_symlink()]
+
+
+def check_links(run_folder: Path) -> None:
+    """Refuse a run folder in which something that may be the user's stands in the place of a link.
+
+    Raises:
+        UserError: it is neither a link, nor the text of one, nor an intact checkpoint without other files in it.
+    """
+    for copy in copies(run_folder):
+        if not checkpoint.is_intact(copy) or checkpoint.holds_other_files(copy):
+            raise UserError(f"{copy}: is a folder that is not just an intact checkpoint, move it away")
+    for place in _link_places(run_folder):
+        if (
+            place.is_file()
+            and not place.is_symlink()
+            and not checkpoint.LINK.fullmatch(checkpoint.written_in(place))
+        ):
+            raise UserError(f"{place}: is a file, expected a link to a checkpoint; move it away")
+
+
+def adopt_copies(run_folder: Path) -> None:
+    """Make way for links where `best` and `last` are folders; no intact checkpoint is lost by it.
+
+    A copy whose checkpoint is missing or damaged among the run's own takes its place, any other goes.
+
+    Raises:
+        UserError: as `check_links`, or a copy is of another run.
+    """
+    check_links(run_folder)
+    for copy in copies(run_folder):
+        try:
+            position = checkpoint.Position(
+                **checkpoint.read_json(copy / checkpoint.STATE_FILE)["state"]["position"]
+            )
+        except (KeyError, TypeError):
+            raise checkpoint.other_version(copy) from None
+        own = run_folder / CHECKPOINTS / position.folder_name
+        if not checkpoint.is_intact(own):
+            if own.is_dir() and checkpoint.holds_other_files(own, like=copy):
+                raise UserError(f"{own}: is damaged and holds other files than a checkpoint's, move it away")
+            own.parent.mkdir(exist_ok=True)
+            checkpoint.remove(own)
+            copy.rename(own)
+        elif checkpoint.read_manifest(own) == checkpoint.read_manifest(copy):
+            checkpoint.remove(copy)
+        else:
+            raise UserError(f"{copy}: is not the checkpoint of the same name in {CHECKPOINTS}, move it away")
 
 
 @contextmanager

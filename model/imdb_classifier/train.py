@@ -176,13 +176,18 @@ def assemble(options: argparse.Namespace, reviews: "Reviews", accelerator: "Acce
     """Build model, optimizer and data, fresh or from the newest intact checkpoint."""
     import torch
 
-    from imdb_classifier import checkpoint, guards, inference, training, weights
+    from imdb_classifier import checkpoint, guards, inference, run_folder, training, weights
     from imdb_classifier.data import tokenize
     from imdb_classifier.signals import StopRequest
 
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
     settings = deciding_settings(options, reviews, accelerator)
-    resumed_from = checkpoint.newest_intact(options.output_dir) if options.resume else None
+    resumed_from = None
+    if options.resume:
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                run_folder.adopt_copies(options.output_dir)
+            resumed_from = checkpoint.newest_intact(options.output_dir)
     torch.manual_seed(options.seed)
     if resumed_from is None:
         model, tokenizer = new_classifier(options, reviews, attention)

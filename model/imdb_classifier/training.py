@@ -86,8 +86,12 @@ class Run:
 
     @property
     def bare_model(self) -> TextClassifier:
-        """The model without what accelerate wraps around it."""
-        model: TextClassifier = self.accelerator.unwrap_model(self.model)
+        """The model without what accelerate wraps around it: its names are those that a checkpoint holds."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, TextClassifier):
+            raise TypeError(
+                f"expected a TextClassifier inside {type(self.model).__name__}, got {type(model).__name__}"
+            )
         return model
 
 
@@ -200,7 +204,7 @@ def evaluate_split(run: Run, name: str) -> Evaluation:
             batch_size=run.options.batch_size,
             pad_token_id=run.bare_model.config.pad_token_id,
             workers=run.options.workers,
-            after_batch=lambda: stop_if_asked(run),
+            after_batch=lambda reviews: stop_if_asked(run),
         )
     except NonFiniteError as error:
         raise NonFiniteError(
