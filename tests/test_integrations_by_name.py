@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,12 +45,18 @@ NEVER_ASK = {
     "wavlm": lambda: tf.WavLMConfig(**HEADS, conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3)),
     "mpnet": lambda: make_config("mpnet"),
 }
-# Encoders whose layers do not say that they are not causal.
-SILENT_LAYERS = {
+# Encoders that would fall back by what their classes claim: layers that do not say that they are not causal, no
+# support of flash-attention or of sdpa.
+SERVED_ALL_THE_SAME = {
     "layoutlm": (tf.LayoutLMModel, lambda: tf.LayoutLMConfig(**SIZES)),
     "markuplm": (tf.MarkupLMModel, lambda: tf.MarkupLMConfig(**SIZES)),
     "splinter": (tf.SplinterModel, lambda: tf.SplinterConfig(**SIZES)),
     "clap": (tf.ClapTextModel, lambda: tf.ClapTextConfig(**SIZES)),
+    "bridgetower": (
+        tf.models.bridgetower.modeling_bridgetower.BridgeTowerTextModel,
+        lambda: tf.BridgeTowerTextConfig(**SIZES),
+    ),
+    "siglip2": (tf.Siglip2TextModel, lambda: tf.models.siglip2.Siglip2TextConfig(**SIZES)),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:padfree falls back")
@@ -158,9 +165,9 @@ def test_models_are_watched_once_and_others_are_left_alone() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", SILENT_LAYERS)
-def test_an_encoder_whose_layers_do_not_speak_of_causality_is_served(name: str) -> None:
-    model_class, config = SILENT_LAYERS[name]
+@pytest.mark.parametrize("name", SERVED_ALL_THE_SAME)
+def test_an_encoder_is_served_though_its_class_claims_too_little(name: str) -> None:
+    model_class, config = SERVED_ALL_THE_SAME[name]
     for batch in (make_batch(), {"input_ids": make_batch()["input_ids"]}):
         expected = build(model_class, config(), "eager")(**batch)[0]
         actual = build(model_class, config(), "padfree_strict")(**batch)[0]
@@ -269,7 +276,9 @@ def test_enable_names_the_model_inside_another_librarys() -> None:
 
 
 def test_without_transformers_the_import_says_what_to_install() -> None:
-    code = "import sys; sys.modules['transformers'] = None; import padfree.integrations.transformers"
+    kernels = Path(integration.__file__).parents[2]
+    code = f"import sys; sys.path.insert(0, {str(kernels)!r}); sys.modules['transformers'] = None; "
+    code += "import padfree.integrations.transformers"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode
     last = result.stderr.strip().splitlines()[-1]

@@ -186,6 +186,15 @@ def test_positions_that_restart_without_boundaries_are_refused(attention):
     make_model("bert", attention)(batch["input_ids"], position_ids=torch.arange(sum(LENGTHS))[None])
 
 
+def test_a_compiled_model_refuses_positions_that_restart_as_well():
+    torch.compiler.reset()
+    compiled = torch.compile(make_model("bert", "padfree"), backend="aot_eager", fullgraph=True)
+    packed = make_packed(make_sequences())
+    compiled(packed["input_ids"], position_ids=torch.arange(sum(LENGTHS))[None])
+    with pytest.raises(RuntimeError, match="position_ids restart within a row"):
+        compiled(packed["input_ids"], position_ids=packed["position_ids"])
+
+
 @pytest.mark.parametrize("attention", ("padfree", "padfree_strict"))
 def test_half_of_what_packing_needs_is_refused(attention):
     packed = make_packed(make_sequences())

@@ -103,15 +103,19 @@ def _refuse_restarts(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) 
     positions = kwargs.get("position_ids")
     if positions is None or positions.ndim != 2 or not _is_ours(model):
         return
-    # A mask comes with padding, whose positions may be anything; a compiled graph cannot look at values.
-    told = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "attention_mask"))
-    if told or torch.compiler.is_compiling():
+    # A mask comes with padding, whose positions may be anything.
+    if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "attention_mask")):
         return
-    if (positions.diff(dim=-1) <= 0).any():
-        raise ValueError(
-            "position_ids restart within a row and cu_seq_lens_q did not come: the packed sequences would see each "
-            "other; DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes both"
-        )
+    message = (
+        "position_ids restart within a row and cu_seq_lens_q did not come: the packed sequences would see each other; "
+        "DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes both"
+    )
+    onward = (positions.diff(dim=-1) > 0).all()
+    if torch.compiler.is_compiling():
+        # A graph cannot branch on values, but it can stop.
+        torch._assert_async(onward, message)
+    elif not onward:
+        raise ValueError(message)
 
 
 def _is_ours(model: PreTrainedModel) -> bool:

@@ -15,7 +15,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 # keys up to sliding_window - 1 away. Others keep the mask that transformers builds for them.
 WINDOWED_MODEL_TYPES = ("modernbert",)
 # Model types that hand their layers a [B, N] mask untouched although they do not claim flash-attention, whose sign is it.
-PLAIN_MASK_MODEL_TYPES = ("t5", "mt5", "umt5", "layoutlm", "splinter", "clap_text_model")
+PLAIN_MASK_MODEL_TYPES = (
+    "t5",
+    "mt5",
+    "umt5",
+    "pop2piano",
+    "layoutlm",
+    "splinter",
+    "bridgetower_text_model",
+    "clap_text_model",
+    "siglip2_text_model",
+)
 # Options that sdpa takes without a word and does not apply.
 SDPA_IGNORES = ("softcap", "s_aux")
 # The keys that a sparse layer chose. Its model hides the others for eager and sdpa alone.

@@ -31,10 +31,10 @@ import padfree
 from padfree._checks import MAX_HEAD_DIM
 from padfree.integrations._by_name import NAME, STRICT_NAME, watch_models
 from padfree.integrations._counts import Counts, count, counts, fall_back, reset_counts
+from padfree.integrations._masks import additive, is_window_of_layer, sdpa_mask_of, window_of
 from padfree.integrations._models import (
     CHOSEN_KEYS,
     INERT_ARGUMENTS,
-    WINDOWED_MODEL_TYPES,
     computes_its_own_attention,
     has_decoder,
     needs_eager,
@@ -44,12 +44,9 @@ from padfree.integrations._models import (
 )
 from padfree.integrations._packed import (
     PACKED_ARGUMENTS,
-    Packing,
     attend_packed,
     packing_of,
-    same_sequence,
 )
-from padfree.reference import in_window
 
 __all__ = [
     "NAME",
@@ -149,7 +146,7 @@ def attention_mask_for(
     plain = (
         mask_function is bidirectional_mask_function and not written_out and takes_plain_masks(type(config))
     )
-    plain = plain or _is_window_of_layer(config, kwargs)
+    plain = plain or is_window_of_layer(config, kwargs)
     if plain and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0:
         return attention_mask
     build = sdpa_mask if reads_bool_masks(type(config)) else eager_mask
@@ -198,7 +195,7 @@ def attention_forward(
         RuntimeError: with `strict`, when the kernel cannot serve the call, and without where transformers cannot
             either; the message says why.
     """
-    window = _window(module, attention_mask, sliding_window)
+    window = window_of(module, attention_mask, sliding_window)
     packing = packing_of(query, key, kwargs)
     causal = _is_causal(module, is_causal, attention_mask)
     unknown = tuple(
@@ -223,12 +220,12 @@ def attention_forward(
             raise RuntimeError(
                 f"{type(module).__name__} hides keys in a way only its model's eager and sdpa honour"
             )
-        kwargs |= {"attention_mask": _sdpa_mask_of(attention_mask, window, packing, causal, query, key)}
+        kwargs |= {"attention_mask": sdpa_mask_of(attention_mask, window, packing, causal, query, key)}
         kwargs |= {"scaling": scaling, "is_causal": is_causal}
         if position_bias is not None:
             kwargs["position_bias"] = position_bias
         if needs_eager(type(module), unknown):
-            return own_eager(module)(module, query, key, value, dropout=dropout, **_additive(kwargs, query))
+            return own_eager(module)(module, query, key, value, dropout=dropout, **additive(kwargs, query))
         out, _ = sdpa_attention_forward(module, query, key, value, dropout=dropout, **kwargs)
         # A second call would write to a paged cache again.
         if output_attentions and kwargs.get("cache") is None:
@@ -308,59 +305,3 @@ def _padding_and_bias(
         return to_key_padding_mask(attention_mask[:, 0, 0]), position_bias
     mask = attention_mask.to(dtype)
     return None, mask if position_bias is None else position_bias + mask
-
-
-def _window(
-    module: nn.Module, attention_mask: Tensor | None, sliding_window: int | None
-) -> tuple[int, int] | None:
-    """The window that `attention_mask_for` left to this layer; None where the mask already holds it."""
-    if sliding_window is None or (attention_mask is not None and attention_mask.ndim != 2):
-        return None
-    if getattr(getattr(module, "config", None), "model_type", None) not in WINDOWED_MODEL_TYPES:
-        return None
-    return sliding_window - 1, sliding_window - 1
-
-
-def _is_window_of_layer(config: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether this mask is the bidirectional sliding window that the layer itself will tell us about."""
-    if config is None or config.model_type not in WINDOWED_MODEL_TYPES or kwargs.get("local_size") is None:
-        return False
-    # A caller's own and/or mask function makes transformers turn to vmap.
-    return not kwargs.get("use_vmap", False) and not kwargs.get("allow_is_causal_skip", True)
-
-
-def _sdpa_mask_of(
-    attention_mask: Tensor | None,
-    window: tuple[int, int] | None,
-    packing: Packing | None,
-    causal: bool,
-    query: Tensor,
-    key: Tensor,
-) -> Tensor | None:
-    """The same visibility as SDPA reads it: bool [B,1,1,N] or [B,1,M,N], True = attend; others as they came."""
-    if attention_mask is not None and attention_mask.ndim == 2:
-        attention_mask = attention_mask.bool()[:, None, None, :]
-    visible = []
-    if window is not None:
-        visible.append(in_window(query.shape[2], key.shape[2], window, query.device))
-    if packing is not None:
-        visible.append(same_sequence(packing, query, key))
-        if causal and attention_mask is None:
-            visible.append(visible[-1].tril())
-    for seen in visible:
-        if attention_mask is None:
-            attention_mask = seen[None, None]
-        elif attention_mask.dtype == torch.bool:
-            attention_mask = attention_mask & seen
-        else:
-            attention_mask = attention_mask.masked_fill(~seen, torch.finfo(attention_mask.dtype).min)
-    return attention_mask
-
-
-def _additive(kwargs: dict[str, Any], query: Tensor) -> dict[str, Any]:
-    """The same arguments with a bool mask as eager reads it: 0 to attend, the lowest number to hide."""
-    mask = kwargs["attention_mask"]
-    if mask is None or mask.dtype != torch.bool:
-        return kwargs
-    lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
-    return kwargs | {"attention_mask": torch.where(mask, torch.zeros_like(lowest), lowest)}
