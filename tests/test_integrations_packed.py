@@ -2,16 +2,35 @@
 
 import pytest
 import torch
-from transformers import BartConfig, BartModel, DataCollatorWithFlattening
+from transformers import (
+    BartConfig,
+    BartModel,
+    DataCollatorWithFlattening,
+    MobileBertConfig,
+    MobileBertModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
 
 from padfree.integrations import transformers as integration
-from tiny_models import make_model, own_registration
+from tiny_models import SIZES, make_model, own_registration
 
 # Outputs are of size 1 and this is about 25 roundings of fp32; a sequence that sees its neighbour errs by 0.1 and more.
 TOLERANCE = 3e-6
 LENGTHS = (5, 1, 9, 3)
 # Position ids start there: RoBERTa counts from its padding id plus one.
 SERVED = {"bert": 0, "distilbert": 0, "roberta": 1, "modernbert": 0, "eurobert": 0}
+
+BART = {
+    "vocab_size": 99,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
 
 pytestmark = pytest.mark.filterwarnings("ignore:padfree falls back")
 
@@ -224,16 +243,22 @@ def test_a_model_with_attention_of_its_own_refuses_packed_sequences():
         model(packed["input_ids"], position_ids=packed["position_ids"])
 
 
-def test_a_model_whose_positions_cannot_start_anew_refuses_packed_sequences():
-    """BART counts its learned positions along the whole row, and swallows the position ids it is given."""
-    sizes = {
-        "d_model": 32,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-    }
-    config = BartConfig(**sizes, vocab_size=99, encoder_attention_heads=4, decoder_attention_heads=4)
+UNFIT = {
+    # counts its learned positions along the whole row, and swallows the position ids it is given
+    "bart": lambda: BartModel(named(BartConfig(**BART))).encoder,
+    # its layers do not hand the boundaries on
+    "siglip": lambda: SiglipTextModel(named(SiglipTextConfig(**SIZES))),
+    # its embedding of a token looks at the neighbours
+    "mobilebert": lambda: MobileBertModel(named(MobileBertConfig(**SIZES, embedding_size=32))),
+}
+
+
+def named(config):
     config._attn_implementation = "padfree"
-    with pytest.raises(ValueError, match="BartEncoder cannot keep packed sequences apart"):
-        BartModel(config).encoder(**make_packed(make_sequences()))
+    return config
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_model_that_cannot_keep_sequences_apart_refuses_them(name):
+    with pytest.raises(ValueError, match="cannot keep packed sequences apart"):
+        UNFIT[name]()(**make_packed(make_sequences()))

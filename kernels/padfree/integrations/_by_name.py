@@ -6,6 +6,7 @@ methods that every model passes through, `post_init` when it is built and `set_a
 switched. Models under other names are not touched.
 """
 
+import dis
 import functools
 import inspect
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def _look_at(model: PreTrainedModel, name: str | None) -> None:
     ]
     if encoders or not asking:
         _hook(model, _refuse_restarts)
-        if not (encoders and _starts_anew(model, encoders)):
+        if not (encoders and _keeps_apart(model, encoders)):
             _hook(model, _refuse_boundaries)
 
 
@@ -78,10 +79,21 @@ def _mixes_tokens(model: nn.Module) -> bool:
     )
 
 
-def _starts_anew(model: PreTrainedModel, layers: list[nn.Module]) -> bool:
-    """Whether each sequence of a packed row gets positions of its own: told, or relative as in T5."""
+def _keeps_apart(model: PreTrainedModel, layers: list[nn.Module]) -> bool:
+    """Whether each sequence of a packed row gets positions of its own, and its boundaries reach the attention."""
     told = "position_ids" in inspect.signature(model.forward).parameters
-    return told or any(hasattr(layer, "has_relative_attention_bias") for layer in layers)
+    relative = any(hasattr(layer, "has_relative_attention_bias") for layer in layers)
+    # MobileBERT's embeddings of a token look at its neighbours.
+    neighbours = getattr(model.config, "trigram_input", False)
+    classes: set[type] = {type(layer) for layer in layers}
+    return (told or relative) and not neighbours and all(_hands_arguments_on(x) for x in classes)
+
+
+@functools.cache
+def _hands_arguments_on(layer_class: type) -> bool:
+    # The one instruction that every call with **kwargs needs.
+    code = inspect.unwrap(layer_class.forward).__code__  # type: ignore[attr-defined]
+    return any(step.opname == "DICT_MERGE" for step in dis.get_instructions(code))
 
 
 def _hook(model: PreTrainedModel, refuse: Callable[..., None]) -> None:
@@ -93,8 +105,8 @@ def _refuse_boundaries(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]
     """For models that would take no notice of them."""
     if kwargs.get("cu_seq_lens_q") is not None and _is_ours(model):
         raise ValueError(
-            f"{type(model).__name__} cannot keep packed sequences apart: it takes no position_ids, or computes its own "
-            "attention; pad them instead"
+            f"{type(model).__name__} cannot keep packed sequences apart: it takes no position_ids, drops their "
+            "boundaries or computes its own attention; pad them instead"
         )
 
 
