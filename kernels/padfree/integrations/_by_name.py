@@ -33,8 +33,8 @@ def watch_models() -> None:
     def post_init(self: PreTrainedModel) -> None:
         built(self)
         # It may be a part of another model: a backbone without attention is nobody's loss.
-        if _mixes_tokens(self):
-            _look_at(self, getattr(self.config, "_attn_implementation", None))
+        if _is_ours(self) and _mixes_tokens(self):
+            _look_at(self, self.config._attn_implementation)
 
     @functools.wraps(switched)
     def set_attn_implementation(
