@@ -3,18 +3,50 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING
+from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Model types whose sliding-window layers hand us the window they mask by, counted as flash-attention counts:
 # keys up to sliding_window - 1 away. Others keep the mask that transformers builds for them.
 WINDOWED_MODEL_TYPES = ("modernbert",)
 # Model types that hand their layers a [B, N] mask untouched although they do not claim flash-attention, whose sign is it.
-PLAIN_MASK_MODEL_TYPES = ("t5", "mt5", "umt5", "layoutlm")
+PLAIN_MASK_MODEL_TYPES = (
+    "t5",
+    "mt5",
+    "umt5",
+    "pop2piano",
+    "layoutlm",
+    "splinter",
+    "bridgetower_text_model",
+    "clap_text_model",
+    "siglip2_text_model",
+)
+# Options that sdpa takes without a word and does not apply.
+SDPA_IGNORES = ("softcap", "s_aux")
+# The keys that a sparse layer chose. Its model hides the others for eager and sdpa alone.
+CHOSEN_KEYS = ("indices", "block_indices")
+# What models hand on to every attention and no attention reads: it changes no result.
+INERT_ARGUMENTS = frozenset(
+    (
+        "cache_position",
+        "deterministic",
+        "labels",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "return_loss",
+        "special_tokens_mask",
+        "token_type_ids",
+        "use_cache",
+    )
+)
 
 
 @torch.compiler.assume_constant_result
@@ -38,24 +70,52 @@ def reads_bool_masks(config_class: type) -> bool:
 
 @functools.cache
 def _ignores_the_name(config_class: type) -> bool:
-    try:
-        return not _listed_model(config_class)._can_set_attn_implementation()
-    except (KeyError, AttributeError):
-        # Not a listed model, or a transformers without this private test: trust the name.
-        return False
+    # Asked of every class, and taken as a yes where nothing is known: eager's mask is right for any reader.
+    asks = (getattr(model, "_can_set_attn_implementation", None) for model in _models_of(config_class))
+    answers = [ask is not None and ask() for ask in asks]
+    return not (answers and all(answers))
 
 
 @functools.cache
 def _supports(config_class: type, attention: str) -> bool:
-    try:
-        return bool(getattr(_listed_model(config_class), f"_supports_{attention}"))
-    except (KeyError, AttributeError):
-        return True
+    return all(getattr(model, f"_supports_{attention}", False) for model in _models_of(config_class))
 
 
-def _listed_model(config_class: type) -> Any:
-    listed: Any = MODEL_MAPPING[config_class]
-    return listed[0] if isinstance(listed, tuple) else listed
+def _models_of(config_class: type) -> tuple[Any, ...]:
+    """The model classes of a config class or of its nearest parent that has some: those listed, else those loaded."""
+    for ancestor in config_class.__mro__:
+        try:
+            listed: Any = MODEL_MAPPING[ancestor]
+            return listed if isinstance(listed, tuple) else (listed,)
+        except (KeyError, ValueError, AttributeError):
+            # Text and vision parts are not listed, and some entries of the list name no class.
+            pass
+        if loaded := [model for model in _subclasses(PreTrainedModel) if model.config_class is ancestor]:
+            return tuple(loaded)
+    return ()
+
+
+def _subclasses(parent: Any) -> Iterator[Any]:
+    for child in parent.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+@torch.compiler.assume_constant_result
+def needs_eager(module_class: type, arguments: tuple[str, ...]) -> bool:
+    """Whether one of these arguments changes the result of this layer's own eager attention and not that of sdpa."""
+    return any(name in SDPA_IGNORES or name in _eager_alone_reads(module_class) for name in arguments)
+
+
+@functools.cache
+def _eager_alone_reads(module_class: type) -> frozenset[str]:
+    eager = getattr(sys.modules.get(module_class.__module__), "eager_attention_forward", None)
+    if eager is None:
+        return frozenset()
+    read = set(inspect.signature(eager).parameters) - set(
+        inspect.signature(sdpa_attention_forward).parameters
+    )
+    return frozenset(read)
 
 
 def asks_for_attention(module: nn.Module, name: str) -> bool:

@@ -10,66 +10,66 @@ counted with its reason and warned about once, or raises in strict mode. `counts
 """
 
 import functools
-import warnings
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ModuleNotFoundError(
+        "padfree.integrations.transformers needs transformers: pip install 'transformers>=5.17,<6'",
+        name="transformers",
+    ) from None
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
 import padfree
 from padfree._checks import MAX_HEAD_DIM
+from padfree.integrations._by_name import NAME, STRICT_NAME, watch_models
+from padfree.integrations._counts import Counts, count, counts, fall_back, reset_counts
+from padfree.integrations._masks import additive, is_window_of_layer, sdpa_mask_of, window_of
 from padfree.integrations._models import (
-    WINDOWED_MODEL_TYPES,
-    asks_for_attention,
+    CHOSEN_KEYS,
+    INERT_ARGUMENTS,
     computes_its_own_attention,
     has_decoder,
+    needs_eager,
     own_eager,
     reads_bool_masks,
     takes_plain_masks,
 )
-from padfree.reference import in_window
+from padfree.integrations._packed import (
+    PACKED_ARGUMENTS,
+    attend_packed,
+    packing_of,
+)
 
-NAME = "padfree"
-STRICT_NAME = "padfree_strict"
+__all__ = [
+    "NAME",
+    "STRICT_NAME",
+    "Counts",
+    "attention_forward",
+    "attention_mask_for",
+    "counts",
+    "enable",
+    "register",
+    "reset_counts",
+    "to_key_padding_mask",
+]
 
-# Options that sdpa takes without a word and does not apply.
-SDPA_IGNORES = ("softcap", "s_aux")
-
-
-@dataclass
-class Counts:
-    """Attention calls since `reset_counts`, by road. A compiled graph counts once, when it is traced."""
-
-    fused: int = 0
-    reference: int = 0
-    fallbacks: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def fallback(self) -> int:
-        return self.fallbacks.total()
-
-
-_counts = Counts()
-
-
-def counts() -> Counts:
-    """How many calls the kernel served, how many the reference, and how many fell back, by reason."""
-    return Counts(_counts.fused, _counts.reference, Counter(_counts.fallbacks))
-
-
-def reset_counts() -> None:
-    """Start counting anew."""
-    _counts.fused = _counts.reference = 0
-    _counts.fallbacks.clear()
+KNOWN_ARGUMENTS = INERT_ARGUMENTS | {*PACKED_ARGUMENTS, "seq_idx"}
 
 
 def register(impl: Literal["auto", "reference"] = "auto") -> None:
     """Make "padfree" and "padfree_strict" known as `attn_implementation` in this process.
+
+    From then on every model that takes one of the names is looked at when it is built or switched: one without a
+    layer that asks for it is counted as a fallback, or raises ValueError under "padfree_strict". An encoder refuses
+    `position_ids` that restart without `cu_seq_lens_q`: its packed sequences would see each other.
 
     Args:
         impl: "auto" runs the kernel on a GPU, or on a CPU under TRITON_INTERPRET=1, and transformers' sdpa
@@ -84,6 +84,7 @@ def register(impl: Literal["auto", "reference"] = "auto") -> None:
     for name, strict in ((NAME, False), (STRICT_NAME, True)):
         AttentionInterface.register(name, functools.partial(attention_forward, impl=impl, strict=strict))
         AttentionMaskInterface.register(name, functools.partial(attention_mask_for, strict=strict))
+    watch_models()
 
 
 def enable(model: PreTrainedModel, strict: bool = False) -> PreTrainedModel:
@@ -96,22 +97,27 @@ def enable(model: PreTrainedModel, strict: bool = False) -> PreTrainedModel:
         TypeError: model is no transformers model.
 
     Warns (raises ValueError with `strict`) when no layer will use it: some classes accept any name and ignore it.
+    `counts` has it as a fallback.
     """
     # Wrappers that hand the attributes of their model on (PEFT, torch.compile) pass.
     if not (isinstance(model, nn.Module) and hasattr(model, "set_attn_implementation")):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}{_model_inside(model)}"
+        )
     name = STRICT_NAME if strict else NAME
     if name not in AttentionInterface():
         register()
     model.set_attn_implementation(name)
-    if not any(asks_for_attention(module, name) for module in model.modules()):
-        message = (
-            f"{type(model).__name__} has no layer that takes its attention by name: padfree will not be used"
-        )
-        if strict:
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=2)
     return model
+
+
+def _model_inside(model: Any) -> str:
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    for path, part in parts:
+        if isinstance(part, PreTrainedModel):
+            steps = (f"[{step}]" if step.isdigit() else f".{step}" for step in path.split("."))
+            return f"; pass the {type(part).__name__} inside, model{''.join(steps)}"
+    return ""
 
 
 def attention_mask_for(
@@ -129,18 +135,18 @@ def attention_mask_for(
     Plain padding stays the tokenizer's [B, N] mask, untouched, so the host waits for nothing and no [B, 1, M, N]
     mask is built; but only in models written for such masks, since others reshape or add to what they are given.
     Causal, packed and other masks become sdpa's, always written out: a layer that is told nothing sees everything.
-    Classes that ignore the name, or do not support sdpa, get eager's.
+    Classes that ignore the name, do not support sdpa or are not known get eager's.
     """
     kwargs |= {"attention_mask": attention_mask, "mask_function": mask_function, "config": config}
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset}
     if computes_its_own_attention(type(config)):
-        _fall_back(f"{type(config).__name__}'s model computes its own attention", strict)
+        fall_back(f"{type(config).__name__}'s model computes its own attention", strict)
         return eager_mask(**kwargs)
     written_out = kwargs.get("allow_is_bidirectional_skip", True) is False
     plain = (
         mask_function is bidirectional_mask_function and not written_out and takes_plain_masks(type(config))
     )
-    plain = plain or _is_window_of_layer(config, kwargs)
+    plain = plain or is_window_of_layer(config, kwargs)
     if plain and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0:
         return attention_mask
     build = sdpa_mask if reads_bool_masks(type(config)) else eager_mask
@@ -173,32 +179,53 @@ def attention_forward(
     """transformers' attention interface: query [B,H,M,D], key and value [B,Hkv,N,D] -> out [B,M,H,D], weights.
 
     Args:
-        attention_mask: [B, N], 1 or True = token, or None; anything else falls back.
+        attention_mask: [B, N] or [B, 1, 1, N], 1 or True = token; float [B, 1, 1, N], added to the scores; or None.
+            Anything else falls back.
         position_bias: added to the scores, differentiable (T5).
         skip_padded_queries: rows at padded positions come out 0 and are not computed. Encoders pass it on:
             `model(**batch, skip_padded_queries=True)`. Models with a decoder compute every row, because the mask of
             their cross-attention is not that of its queries.
         output_attentions: also return the weights [B,H,M,N], recomputed, before dropout.
+        kwargs: cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k say where the sequences of a packed row
+            lie (B = 1), and each attends to itself, here and where it falls back. What is not known to leave the
+            result as it is falls back.
 
     Raises:
+        ValueError: sequences are packed and their boundaries did not come.
         RuntimeError: with `strict`, when the kernel cannot serve the call, and without where transformers cannot
             either; the message says why.
     """
-    window = _window(module, attention_mask, sliding_window)
+    window = window_of(module, attention_mask, sliding_window)
+    packing = packing_of(query, key, kwargs)
+    causal = _is_causal(module, is_causal, attention_mask)
+    unknown = tuple(
+        name
+        for name, given in kwargs.items()
+        if given is not None and given is not False and name not in KNOWN_ARGUMENTS
+    )
     tensors = (query, key, value, attention_mask, position_bias)
-    reason = _why_layer_falls_back(module, is_causal, kwargs) or _why_tensors_fall_back(*tensors, scaling)
-    if reason is None and output_attentions and (window is not None or position_bias is not None):
-        reason = "attention weights of a layer with a window or a position bias were asked for"
+    reason = "the layer is causal" if causal else f"{unknown[0]} was given" if unknown else None
+    reason = reason or _why_tensors_fall_back(*tensors, scaling)
+    padding, bias = (None, None) if reason else _padding_and_bias(attention_mask, position_bias, query.dtype)
+    if reason is None and packing is not None and (padding is not None or bias is not None):
+        reason = "packed sequences came with a mask or a position bias"
+    if reason is None and output_attentions and (window or packing or bias is not None):
+        reason = "attention weights of a layer with a window, a bias or packed sequences were asked for"
     if reason is None and impl == "auto":
         reason = padfree.why_not(query)
     weights: Tensor | None = None
     if reason is not None:
-        _fall_back(reason, strict)
-        kwargs |= {"attention_mask": _sdpa_mask_of(attention_mask, window, query, key)}
+        fall_back(reason, strict)
+        if any(name in CHOSEN_KEYS for name in unknown):
+            raise RuntimeError(
+                f"{type(module).__name__} hides keys in a way only its model's eager and sdpa honour"
+            )
+        kwargs |= {"attention_mask": sdpa_mask_of(attention_mask, window, packing, causal, query, key)}
         kwargs |= {"scaling": scaling, "is_causal": is_causal}
-        if any(kwargs.get(name) is not None for name in SDPA_IGNORES):
-            return own_eager(module)(module, query, key, value, dropout=dropout, **_additive(kwargs, query))
-        kwargs |= {"position_bias": position_bias}
+        if position_bias is not None:
+            kwargs["position_bias"] = position_bias
+        if needs_eager(type(module), unknown):
+            return own_eager(module)(module, query, key, value, dropout=dropout, **additive(kwargs, query))
         out, _ = sdpa_attention_forward(module, query, key, value, dropout=dropout, **kwargs)
         # A second call would write to a paged cache again.
         if output_attentions and kwargs.get("cache") is None:
@@ -207,14 +234,16 @@ def attention_forward(
             weights = sdpa_attention_forward(module, query, key, unit, **kwargs)[0].transpose(1, 2)
         return out, weights
 
-    _count("fused" if impl == "auto" else "reference")
-    padding = None if attention_mask is None else to_key_padding_mask(attention_mask)
+    count("fused" if impl == "auto" else "reference")
+    chosen: Literal["triton", "reference"] = "triton" if impl == "auto" else "reference"
+    if packing is not None:
+        return attend_packed(query, key, value, packing, dropout, scaling, window, chosen), None
     out, lse = padfree.attention(
         query,
         key,
         value,
         padding,
-        attn_mask=position_bias,
+        attn_mask=bias,
         dropout_p=dropout,
         scale=scaling,
         window=window,
@@ -222,22 +251,17 @@ def attention_forward(
         and not has_decoder(module)
         and query.shape[2] == key.shape[2],
         return_lse=True,
-        impl="triton" if impl == "auto" else "reference",
+        impl=chosen,
     )
     if output_attentions:
         weights = padfree.attention_weights(query, key, lse, padding, scale=scaling).to(query.dtype)
     return out.transpose(1, 2), weights
 
 
-def _why_layer_falls_back(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> str | None:
-    # transformers' own default for a layer that does not say.
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if causal:
-        return "the layer is causal"
-    for name in (*SDPA_IGNORES, "cache"):
-        if kwargs.get(name) is not None:
-            return f"{name} was given"
-    return None
+def _is_causal(module: nn.Module, is_causal: bool | None, attention_mask: Tensor | None) -> bool:
+    """As transformers' sdpa reads it: a layer that says nothing is causal, except where a mask tells what it sees."""
+    said = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    return (attention_mask is None or has_decoder(module)) if said is None else bool(said)
 
 
 def _why_tensors_fall_back(
@@ -248,8 +272,16 @@ def _why_tensors_fall_back(
     position_bias: Tensor | None,
     scaling: Any,
 ) -> str | None:
-    if attention_mask is not None and tuple(attention_mask.shape) != (query.shape[0], key.shape[2]):
-        return f"the mask has {attention_mask.ndim} dimensions, or another length than the keys"
+    if attention_mask is not None:
+        batch, length = query.shape[0], key.shape[2]
+        if attention_mask.ndim == 4 and attention_mask.shape != (batch, 1, 1, length):
+            return (
+                "the mask is written out as [B, 1, M, N]: causal, windowed, the caller's own or its model's"
+            )
+        if attention_mask.ndim not in (2, 4):
+            return f"the mask has {attention_mask.ndim} dimensions, not [B, N]"
+        if attention_mask.ndim == 2 and attention_mask.shape != (batch, length):
+            return "the mask has another batch size or length than the keys"
     if not query.dtype == key.dtype == value.dtype:
         return "query, key and value differ in dtype"
     if not query.shape[-1] == key.shape[-1] == value.shape[-1] <= MAX_HEAD_DIM:
@@ -261,60 +293,15 @@ def _why_tensors_fall_back(
     return None
 
 
-def _window(
-    module: nn.Module, attention_mask: Tensor | None, sliding_window: int | None
-) -> tuple[int, int] | None:
-    """The window that `attention_mask_for` left to this layer; None where the mask already holds it."""
-    if sliding_window is None or (attention_mask is not None and attention_mask.ndim != 2):
-        return None
-    if getattr(getattr(module, "config", None), "model_type", None) not in WINDOWED_MODEL_TYPES:
-        return None
-    return sliding_window - 1, sliding_window - 1
-
-
-def _is_window_of_layer(config: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether this mask is the bidirectional sliding window that the layer itself will tell us about."""
-    if config is None or config.model_type not in WINDOWED_MODEL_TYPES or kwargs.get("local_size") is None:
-        return False
-    # A caller's own and/or mask function makes transformers turn to vmap.
-    return not kwargs.get("use_vmap", False) and not kwargs.get("allow_is_causal_skip", True)
-
-
-def _sdpa_mask_of(
-    attention_mask: Tensor | None, window: tuple[int, int] | None, query: Tensor, key: Tensor
-) -> Tensor | None:
-    """The same visibility as SDPA reads it: bool [B,1,1,N] or [B,1,M,N], True = attend; other masks untouched."""
-    if attention_mask is not None and attention_mask.ndim == 2:
-        attention_mask = attention_mask.bool()[:, None, None, :]
-    if window is None:
-        return attention_mask
-    inside = in_window(query.shape[2], key.shape[2], window, query.device)
-    return inside if attention_mask is None else attention_mask & inside
-
-
-def _additive(kwargs: dict[str, Any], query: Tensor) -> dict[str, Any]:
-    """The same arguments with a bool mask as eager reads it: 0 to attend, the lowest number to hide."""
-    mask = kwargs["attention_mask"]
-    if mask is None or mask.dtype != torch.bool:
-        return kwargs
-    lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
-    return kwargs | {"attention_mask": torch.where(mask, torch.zeros_like(lowest), lowest)}
-
-
-def _fall_back(reason: str, strict: bool) -> None:
-    if strict:
-        raise RuntimeError(f"padfree cannot serve this call and strict forbids sdpa: {reason}")
-    _count("fallback", reason)
-
-
-# Dynamo would otherwise guard on the count it writes, and compile anew at every call.
-@torch.compiler.assume_constant_result
-def _count(road: str, reason: str = "") -> None:
-    if road == "fused":
-        _counts.fused += 1
-    elif road == "reference":
-        _counts.reference += 1
-    else:
-        if reason not in _counts.fallbacks:
-            warnings.warn(f"padfree falls back to transformers' attention: {reason}", stacklevel=3)
-        _counts.fallbacks[reason] += 1
+def _padding_and_bias(
+    attention_mask: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask as padding where it is one, else as what is added to the scores."""
+    if attention_mask is None:
+        return None, position_bias
+    if attention_mask.ndim == 2:
+        return to_key_padding_mask(attention_mask), position_bias
+    if not attention_mask.is_floating_point():
+        return to_key_padding_mask(attention_mask[:, 0, 0]), position_bias
+    mask = attention_mask.to(dtype)
+    return None, mask if position_bias is None else position_bias + mask
