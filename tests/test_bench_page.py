@@ -90,6 +90,21 @@ class TestConclusion:
         )
         assert "attention (1 case, 2026-11-28, a CPU)" in said
 
+    def test_a_case_that_two_groups_share_is_not_mixed_from_both(self) -> None:
+        rows = [a_row("padfree", 2.0), a_row("sdpa", 3.0)]
+        rows += [
+            a_row("padfree", 1.0, group="batch"),
+            a_row("sdpa", None, group="batch", reason="out of memory"),
+        ]
+        assert "padfree is the fastest at 2 ms; the next best, sdpa (the baseline), takes 1.50x" in self.said(
+            *rows
+        )
+        html = rendered(result_of(rows))
+        assert [html.count(f"<summary>{CASE}, forward (group {name})") for name in ("imdb", "batch")] == [
+            1,
+            1,
+        ]
+
     @pytest.mark.parametrize("status", [FAULT, UPPER_BOUND])
     def test_neither_a_fault_nor_an_upper_bound_wins(self, status: str) -> None:
         said = self.said(
@@ -140,8 +155,13 @@ class TestNotRun:
 
 class TestWarningsAndWords:
     def test_a_busy_machine_is_owned_up_to_beside_its_name(self) -> None:
-        busy = "this machine was busy (load 5.2 on 2 cores before the run): its figures say little"
-        html = rendered(result_of([a_row("sdpa", 1.0)], load_before=5.2))
+        rows = [a_row("sdpa", 1.0)]
+        runs = [result_of(rows, load_before=load) for load in (5.2, 0.1, 3.0)]
+        runs = [
+            replace(run, suite=name) for run, name in zip(runs, ("attention", "hf", "train"), strict=True)
+        ]
+        busy = "attention (load 5.2 on 2 cores), train (load 3.0 on 2 cores): these figures say little"
+        html = page.render([("device", run) for run in runs], {})
         assert busy in words(html) and html.index(busy) < html.index("Who won")
         assert "busy" not in rendered(result_of([a_row("sdpa", 1.0)], load_before=2.0))
         assert "load before the run: 2.0" in words(rendered(result_of([a_row("sdpa", 1.0)], load_before=2.0)))

@@ -4,7 +4,7 @@ from html import escape
 
 from padfree_bench.machine import busy
 from padfree_bench.plots import shape_of
-from padfree_bench.results import NOT_RUN, Result, Row, by_reason, fault_line
+from padfree_bench.results import NOT_RUN, Result, Row, by_reason, counted, fault_line
 from padfree_bench.standing import (
     STEP_SUITES,
     Standing,
@@ -25,11 +25,7 @@ def conclusion(folder: str, results: list[Result]) -> str:
     last = [without_later_ones(folder, result, everything) for result in results]
     parts = [
         f"<section id='{escape(folder)}'><h3>{escape(first.device + quick)}</h3>",
-        *(
-            f"<p class='warning'><strong>Busy: {escape(line)}</strong> ({escape(result.suite)}).</p>"
-            for result in results
-            if (line := busy(result.environment))
-        ),
+        _busy(results),
         *(_faults(result) for result in results if result.faults),
         f"<p>{_measured(results)}</p>",
         _padfree(kind, results, last),
@@ -40,6 +36,13 @@ def conclusion(folder: str, results: list[Result]) -> str:
     return "\n".join([*parts, _left_out(results), "</section>"])
 
 
+def _busy(results: list[Result]) -> str:
+    """One warning for all runs that were not alone on their machine."""
+    loads = [f"{r.suite} ({load})" for r in results if (load := busy(r.environment))]
+    said = f"Busy: other work ran on this machine before {', '.join(loads)}: these figures say little"
+    return f"<p class='warning'><strong>{escape(said)}</strong></p>" if loads else ""
+
+
 def _faults(result: Result) -> str:
     told, names = fault_line(result).split(": ", 2)[1:]
     return (
@@ -48,16 +51,12 @@ def _faults(result: Result) -> str:
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _measured(results: list[Result]) -> str:
     """Which suites, how much of each, when, and on a CPU on which: two machines may share a folder."""
     parts = []
     for result in results:
         count = len({row.case for row in result.rows if _has_figure(row)})
-        facts = [_count(count, "case"), started(result)[:10]]
+        facts = [counted(count, "case"), started(result)[:10]]
         if result.environment.get("device_type") != "cuda":
             facts.append(str(result.environment.get("cpu", "")))
         parts.append(f"{escape(result.suite)} ({escape(', '.join(filter(None, facts)))})")
@@ -139,11 +138,11 @@ def _left_out(results: list[Result]) -> str:
     parts = []
     if items:
         parts.append(
-            f"<details><summary>Not run, and why: {_count(len(peers), 'implementation')}</summary>"
+            f"<details><summary>Not run, and why: {counted(len(peers), 'implementation')}</summary>"
             f"<ul class='not-run'>{''.join(items)}</ul></details>"
         )
     parts += [
-        f"<details><summary>Not reached within the time given: {_count(len(result.not_reached), 'case')} of "
+        f"<details><summary>Not reached within the time given: {counted(len(result.not_reached), 'case')} of "
         f"{escape(result.suite)}</summary><p>{escape(', '.join(result.not_reached))}</p></details>"
         for result in results
         if result.not_reached

@@ -97,11 +97,11 @@ def _cpu_model() -> str:
 
 
 def busy(environment: Mapping[str, Any]) -> str:
-    """One line where other work ran on this machine's cores just before the run, else ""."""
+    """The load in words where other work ran on this machine's cores just before the run, else ""."""
     load, cores = environment.get("load_before"), environment.get("cores")
     if load is None or cores is None or load <= cores:
         return ""
-    return f"this machine was busy (load {load} on {cores} cores before the run): its figures say little"
+    return f"load {load} on {cores} cores"
 
 
 def environment(device: torch.device, command: list[str]) -> dict[str, object]:

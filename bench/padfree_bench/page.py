@@ -34,7 +34,7 @@ thead th { vertical-align: bottom; white-space: normal; }
 th:first-child, td.remark, th.remark { text-align: left; }
 th:first-child { position: sticky; left: 0; background: #fff; }
 td.remark { white-space: normal; min-width: 13rem; max-width: 26rem; color: #4a525a; }
-@media (max-width: 40rem) { tbody th { white-space: normal; min-width: 6rem; max-width: 10rem; overflow-wrap: anywhere; } }
+@media (max-width: 40rem) { tbody th { white-space: normal; min-width: 6rem; max-width: 11rem; overflow-wrap: break-word; } }
 tr.ours > * { background: #fff4e8; } tr.upper { font-style: italic; }
 tr.fault > *, tr.fault td.remark { background: #b00020; color: #fff; }
 .warning, .lost { color: #a3001b; } .meta { font-size: 14px; color: #4a525a; }
@@ -90,10 +90,21 @@ def _section(folder: str, result: Result, pictures: list[Path]) -> str:
         lines.append("<div class='pictures'>")
         lines += [_inline(path, folder) for path in pictures]
         lines.append("</div>")
-    for index, ((case, direction), rows) in enumerate(grouped(result.rows).items()):
-        opened, name = " open" if index < 2 else "", escape(f"{case}, {direction}")
+    for index, (name, rows) in enumerate(_tables(result).items()):
+        opened, name = " open" if index < 2 else "", escape(name)
         lines.append(f"<details{opened}><summary>{name}</summary>{_table(rows, name, folder)}</details>")
     return "\n".join([*lines, "</section>"])
+
+
+def _tables(result: Result) -> dict[str, list[Row]]:
+    """By name, what was timed together: a case of two groups was measured in each of them."""
+    tables: dict[str, list[Row]] = {}
+    for (case, direction), rows in grouped(result.rows).items():
+        several = len({row.group for row in rows}) > 1
+        for row in rows:
+            group = f" (group {row.group})" if several else ""
+            tables.setdefault(f"{case}, {direction}{group}", []).append(row)
+    return tables
 
 
 def _origin(result: Result) -> str:

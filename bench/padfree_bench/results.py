@@ -307,6 +307,11 @@ def grouped(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     return tables
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 case`, `2 cases`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def by_reason(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows by what is said of them, in order of appearance; reasons that differ in a measured figure alone are one.
 

@@ -21,6 +21,7 @@ from padfree_bench.results import (
     Row,
     by_reason,
     cell,
+    counted,
     fault_line,
     grouped,
     save,
@@ -97,8 +98,8 @@ class Session:
             from padfree_bench.tune import apply_rows
 
             self.result.environment["tuned_rows"] = apply_rows(Path(tuned)) if Path(tuned).is_file() else []
-        if busy := machine.busy(self.result.environment):
-            print(busy, file=sys.stderr)
+        if load := machine.busy(self.result.environment):
+            print(f"this machine is busy ({load}): its figures say little", file=sys.stderr)
         slug = machine.device_slug(self.device)
         self.folder = Path(options.output) / (f"{slug}-quick" if options.quick else slug)
         self.ceilings: Ceilings = measure_ceilings(self.device, set(dtypes))
@@ -177,10 +178,12 @@ def ahead(suite: str, cases: int, directions: int, effort: Effort, minutes: floa
     timings = cases * directions
     low, high = (_duration(timings * each) for each in (effort.seconds, effort.at_most_seconds))
     timing = (
-        f"{timings} timings, {low} if calls are fast to {high} if slow" if timings else "nothing is timed"
+        f"{counted(timings, 'timing')}, {low} if calls are fast to {high} if slow"
+        if timings
+        else "nothing is timed"
     )
     stop = f"; no further case starts after {minutes:g} min" if minutes else ""
-    return f"{suite}: {cases} cases, {timing}, checks on top{stop}"
+    return f"{suite}: {counted(cases, 'case')}, {timing}, checks on top{stop}"
 
 
 def _duration(seconds: float) -> str:

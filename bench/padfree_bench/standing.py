@@ -132,8 +132,9 @@ def started(result: Result) -> str:
 
 
 def standings(result: Result) -> list[Standing]:
-    """Of every case and direction that has one."""
-    return [found for rows in grouped(result.rows).values() if (found := standing(rows)) is not None]
+    """Of every case and direction that has one, as it was measured first: a case may be in two groups."""
+    first = ([row for row in rows if row.group == rows[0].group] for rows in grouped(result.rows).values())
+    return [found for rows in first if (found := standing(rows)) is not None]
 
 
 def without_later_ones(folder: str, result: Result, everything: list[tuple[str, Result]]) -> Result:
