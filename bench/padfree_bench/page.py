@@ -34,7 +34,7 @@ thead th { vertical-align: bottom; white-space: normal; }
 th:first-child, td.remark, th.remark { text-align: left; }
 th:first-child { position: sticky; left: 0; background: #fff; }
 td.remark { white-space: normal; min-width: 13rem; max-width: 26rem; color: #4a525a; }
-@media (max-width: 40rem) { tbody th { white-space: normal; min-width: 6rem; max-width: 11rem; overflow-wrap: break-word; } }
+@media (max-width: 40rem) { tbody th { white-space: normal; min-width: 6rem; max-width: 12rem; overflow-wrap: break-word; } }
 tr.ours > * { background: #fff4e8; } tr.upper { font-style: italic; }
 tr.fault > *, tr.fault td.remark { background: #b00020; color: #fff; }
 .warning, .lost { color: #a3001b; } .meta { font-size: 14px; color: #4a525a; }
