@@ -89,5 +89,5 @@ bench: $(VENV)/.test ## every benchmark this machine can run, in its quick form
 gpu-round: ## on a GPU: both parts of bench/README.md's round, a quarter of an hour (DEVICE_PYTHON=python3)
 	$(DEVICE_PYTHON) -m bench gpu-round --part smoke; smoke=$$?; $(DEVICE_PYTHON) -m bench gpu-round --part main && exit $$smoke
 
-clean:
+clean: ## remove both environments, runs/ and what a build left
 	rm -rf $(VENV) $(OLDEST) runs build *.egg-info

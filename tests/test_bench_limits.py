@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from padfree_bench import tune
+from padfree_bench.gpu_round import warm
 from padfree_bench.gpu_round.steps import ROOT
 from padfree_bench.processes import run_limited
 from padfree_bench.timing import Effort, _repetitions
@@ -36,6 +37,17 @@ def test_a_command_past_its_limit_ends_with_its_children(tmp_path: Path) -> None
             break
         time.sleep(0.1)
     assert not is_running(child)
+
+
+def test_a_worker_that_crashes_costs_its_own_item_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warm, "compile_item", eval)
+    good, crash = "([True], 0.5)", "__import__('os')._exit(11)"
+    summary = warm.warm([good, crash, *[good] * 4], jobs=2)
+    assert (summary["items"], summary["hits"], summary["core_seconds"]) == (6, 5, 2.5)
+    (failed,) = summary["failed"]
+    assert "terminated abruptly" in failed
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from padfree_bench import attention, cli, plots, readme, report
+from padfree_bench import attention, cli, readme, report
 from padfree_bench.cases import Case
 from padfree_bench.compare import changes, main
 from padfree_bench.contenders import admit
+from padfree_bench.drawing import not_run
 from padfree_bench.inputs import make_inputs
 from padfree_bench.peers import Peer
-from padfree_bench.results import NOT_RUN, OK, Result, Row, from_json, load, markdown, save, to_json
+from padfree_bench.results import FAULT, NOT_RUN, OK, Result, Row, from_json, load, markdown, save, to_json
 from padfree_bench.session import first_line
 from padfree_bench.timing import Effort, measure
 
@@ -254,9 +256,9 @@ class TestResults:
         }
         assert list(folder.glob("plots/*.png"))
         result = load(folder / "attention.json")
-        assert plots.not_run(result, result.rows[0].group) == ["padfree: not run\n(no GPU)"]
+        assert not_run(result.rows) == "padfree: not run (no GPU)"
         page = (tmp_path / "index.html").read_text()
-        assert "no GPU: padfree" in page and "<svg" in page and "No GPU was measured yet" in page
+        assert "<b>padfree</b>: no GPU" in page and "<svg" in page and "No GPU was measured yet" in page
         recorded = json.loads((folder / "attention.json").read_text())
         assert recorded["environment"]["command"].startswith("python -m bench attention --quick")
         assert recorded["ceilings"]["bytes_per_s"] > 0
@@ -293,6 +295,21 @@ class TestReadme:
         text = readme.table([*results, ("gpu", later)])
         assert "**padfree-skip 0.06 ms**" in text and "0.07 ms" not in text
         assert "0.07 ms" in readme.table([*results, ("another card", later)])
+
+    @pytest.mark.parametrize("kept", [["sdpa"], ["padfree-skip"], ["sdpa", "sdpa-math"]])
+    def test_a_later_run_of_some_peers_replaces_no_case_that_it_cannot_stand_for(
+        self, kept: list[str]
+    ) -> None:
+        ((_, first),) = results = self.results()
+        first.environment["started"] = "2026-11-26T10:00:00+00:00"
+        later = Result(
+            "attention-some",
+            environment("GPU", "cuda") | {"started": "2026-11-26T10:05:00+00:00"},
+            [replace(row, ms_p50=0.06) for row in first.rows if row.peer in kept],
+        )
+        assert "**padfree-skip 0.07 ms**" in readme.table([*results, ("gpu", later)])
+        faulty = [replace(row, status=FAULT if row.peer == "padfree-skip" else OK) for row in first.rows]
+        assert "**padfree-skip 0.07 ms**" in readme.table([*results, ("gpu", replace(later, rows=faulty))])
 
     def test_without_a_gpu_file_it_says_not_measured_yet(self) -> None:
         assert "On a GPU: not measured yet" in readme.table([])
@@ -344,6 +361,16 @@ class TestDoors:
             "compare",
         ):
             assert name in done.stdout
+
+    def test_the_command_has_one_form_in_every_message_and_page(self) -> None:
+        files = [*(ROOT / "bench").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "bench").glob("*.md")]
+        assert [path.name for path in files if "python3 -m bench" in path.read_text()] == []
+
+    def test_make_help_lists_every_target(self) -> None:
+        text = (ROOT / "Makefile").read_text()
+        (targets,) = re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE)
+        told = re.findall(r"^([a-z-]+):.*##", text, re.MULTILINE)
+        assert set(targets.split()) - set(told) == {"help"}
 
     def test_pytest_bench_runs_the_same_cases_with_and_without_timing(self, tmp_path: Path) -> None:
         base = [

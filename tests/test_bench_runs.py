@@ -30,7 +30,8 @@ from padfree_bench.results import (
     markdown,
     save,
 )
-from padfree_bench.session import terminal_table
+from padfree_bench.session import ahead, terminal_table
+from padfree_bench.timing import Effort
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ class TestFaults:
             drawn.append([label.get_text() for label in figure.axes[0].get_yticklabels()])
             return stem
 
-        monkeypatch.setattr(plots, "_save", save_figure)
+        monkeypatch.setattr(plots, "save_figure", save_figure)
         rows = [*self.rows(), a_row("sdpa" + SECOND_WAVE, 1.0, wave=2), a_row("flex", 1.0, wave=2)]
         rows = [replace(row, direction="step") for row in rows]
         plots.draw_all(result_of("GPU", "now", rows), tmp_path)
@@ -361,3 +362,42 @@ def test_what_does_not_fit_costs_its_case_alone(
     result = load(next(tmp_path.glob("*/attention.json")))
     assert [row.seq for row in result.rows] == [24] and len(result.not_reached) == 1
     assert "out of memory, the next case may fit" in capsys.readouterr().err
+
+
+def test_how_long_it_takes_is_said_before_and_a_remark_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An upper bound errs by another figure in every case; its remark is one and the same."""
+    arguments = [*QUICK, "--peers", "sdpa,sdpa-flash-nomask", "--minutes", "5", "--output", str(tmp_path)]
+    arguments[arguments.index(SHAPES)] = "B2-H1-D8-S16-pad50,B2-H1-D8-S24-pad50"
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    said = "attention: 2 cases, 2 timings, 1 s if calls are fast to 30 s if slow, checks on top"
+    assert f"{said}; no further case starts after 5 min\n" in captured.err
+    assert captured.err.index(said) < captured.err.index("saved ")
+    assert captured.out.count("sdpa-flash-nomask: no mask") == 1
+
+
+def test_a_remark_that_differs_in_a_figure_alone_stands_once() -> None:
+    wrong = "wrong answer, not timed: relative error out {} (limit 4e-02)"
+    rows = [
+        replace(a_row("flex", 1.0), reason=wrong.format(error)) for error in ("1.5e-01", "2.5e-01", "nan")
+    ]
+    rows += [
+        replace(a_row("sdpa", 1.0), reason=f"faster than its floor of {ms} ms (exp2)") for ms in ("12", "0.3")
+    ]
+    rows += [replace(a_row(f"fa{n}", 1.0), reason=f"FlashAttention-{n} is not installed") for n in (2, 4)]
+    remarks = terminal_table(result_of("GPU", "now", rows)).partition("remarks:\n")[2].splitlines()
+    assert remarks == [
+        f"  flex: {wrong.format('1.5e-01')} (and 1 with other figures)",
+        f"  flex: {wrong.format('nan')}",
+        "  sdpa: faster than its floor of 12 ms (exp2) (and 1 with other figures)",
+        "  fa2: FlashAttention-2 is not installed",
+        "  fa4: FlashAttention-4 is not installed",
+    ]
+
+
+def test_where_nothing_is_timed_no_time_is_told() -> None:
+    said = ahead("memory", 5, 0, Effort(), None)
+    assert said == "memory: 5 cases, nothing is timed, checks on top"
+    assert "360 timings, 12 min if calls are fast to 90 min if slow" in ahead("x", 120, 3, Effort(), None)

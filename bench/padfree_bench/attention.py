@@ -15,12 +15,11 @@ from padfree_bench.clocks import Watch
 from padfree_bench.contenders import MAKE_CALL, Contender, admit, fill_profile, release, start_row
 from padfree_bench.inputs import Inputs, make_inputs
 from padfree_bench.peers import Peer, Prepared, Refused, choose_peers
-from padfree_bench.results import FAULT, NOT_RUN, OK, SECOND_WAVE, Result, Row
+from padfree_bench.results import AGAIN, FAULT, NOT_RUN, OK, SECOND_WAVE, Result, Row
 from padfree_bench.session import Session, first_line
 from padfree_bench.timing import WAIT_US, Call, Effort, Sample, capture_graph, measure
 
 HOST_BOUND = "issued slower than the GPU was kept waiting: the time holds host time, trust graph_ms"
-AGAIN = " (again)"
 # Timed once more beside the peers that compile for every shape: what the others are compared with.
 ANCHORS = ("padfree-skip", "padfree", "sdpa")
 
@@ -241,7 +240,7 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     # What is ready is timed first, in every case; compiling a peer for a shape may take a minute.
     steps = [(case.id, functools.partial(measure_case, case, fast)) for case in cases if fast]
     steps += [(case.id + SECOND_WAVE, functools.partial(measure_slow, case)) for case in cases if slow]
-    result = session.run(steps)
+    result = session.run(steps, len(directions))
     if options.twice:
         agree, total = agreement(result)
         print(

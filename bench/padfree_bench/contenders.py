@@ -48,7 +48,7 @@ def admit(peer: Peer, inputs: Inputs, truth: Truth, training: bool) -> Contender
     if not verdict.wrong:
         return Contender(peer, prepared, verdict)
     if peer.upper_bound:
-        return Contender(peer, prepared, verdict, f"{peer.note} (error {verdict.relative['out']:.1e})")
+        return Contender(peer, prepared, verdict, peer.note)
     return Contender(peer, verdict=verdict, reason=verdict.reason())
 
 

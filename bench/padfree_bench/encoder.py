@@ -181,7 +181,8 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     peers = choose_model_peers(PEERS, options.peers, device)
     modes = choose_modes(options.directions)
     session = Session("encoder", options, command, {case.dtype for case in cases})
-    return session.run(
+    todo = (
         (case.id, lambda case=case: run_model_case(session, case, peers, REFERENCE, modes))  # type: ignore[misc]
         for case in cases
     )
+    return session.run(todo, len(modes))

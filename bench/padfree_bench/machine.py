@@ -5,9 +5,11 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,6 +94,14 @@ def _cpu_model() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
+
+
+def busy(environment: Mapping[str, Any]) -> str:
+    """The load in words where other work ran on this machine's cores just before the run, else ""."""
+    load, cores = environment.get("load_before"), environment.get("cores")
+    if load is None or cores is None or load <= cores:
+        return ""
+    return f"load {load} on {cores} cores"
 
 
 def environment(device: torch.device, command: list[str]) -> dict[str, object]:

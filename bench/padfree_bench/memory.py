@@ -53,4 +53,4 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     peers = peers_for(options.peers, torch.device(device_type))
     session = Session("memory", options, command, {case.dtype for case in cases})
     held = (peers, directions, session.device, session.result.suite, session.seed)
-    return session.run((case.id, functools.partial(run_case, case, *held)) for case in cases)
+    return session.run(((case.id, functools.partial(run_case, case, *held)) for case in cases), directions=0)

@@ -5,28 +5,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-# With no date inside either, drawing the same figures twice changes no byte.
-matplotlib.rcParams["svg.hashsalt"] = "padfree"
-import matplotlib.pyplot as plt
-
+from padfree_bench import roofline
+from padfree_bench.drawing import (
+    MARKERS,
+    add_legend,
+    colour,
+    label_decades,
+    new_figure,
+    not_run,
+    save_figure,
+    timed_peers,
+)
 from padfree_bench.results import FAULT, SECOND_WAVE, UPPER_BOUND, Result, Row, grouped
 
-# One colour a peer in every picture; the reds and oranges are padfree's.
-COLOURS = [plt.get_cmap("tab20")(index) for index in (0, 4, 8, 10, 14, 16, 18, 1, 5, 9, 11, 15, 17, 19)]
-OURS = ("#d62728", "#ff7f0e", "#e377c2", "#8c1a1a", "#bc5090", "#ffb000")
-MARKERS = "osD^v<>P*X"
 LENGTHS = {"imdb": "IMDB lengths", "scaled": "IMDB lengths scaled to S", "full": "no padding"}
-PANEL_INCHES = (3.6, 3.8)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A line plot of one group of cases: a panel a direction, `y` against `x`; `label` names each x instead.
+    """A picture of one group of cases: a panel a direction, `y` against `x`, as lines along a number.
 
-    Times and rates stand in a band from p20 to p80.
+    With `label`, which names each x, the xs are categories: points stand side by side and no line joins them. Times
+    and rates carry their p20 to p80.
     """
 
     name: str
@@ -80,20 +80,6 @@ SWEEPS = [
 ]
 
 
-def colour(peer: str, order: list[str]) -> Any:
-    ours = [name for name in order if name.startswith(("padfree", "ours"))]
-    if peer in ours:
-        return OURS[ours.index(peer) % len(OURS)]
-    return COLOURS[order.index(peer) % len(COLOURS)]
-
-
-def timed_peers(result: Result) -> list[str]:
-    """The peers that have figures, in the file's order: it decides their colours and markers."""
-    return list(
-        dict.fromkeys(row.peer for row in result.rows if row.ms_p50 is not None or row.peak_mib is not None)
-    )
-
-
 def shape_of(rows: list[Row]) -> str:
     """What all these rows share, such as `B16 H4 D8 S512, IMDB lengths`; what varies is left to the axis."""
     shared = []
@@ -115,21 +101,17 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
     """Write every picture the file has rows for, as SVG and PNG; returns the SVG paths."""
     folder.mkdir(parents=True, exist_ok=True)
     result = replace(result, rows=[row for row in result.rows if is_drawn(row)])
-    written = []
+    figures = {}
     for sweep in SWEEPS:
         for dtype, panels in _panels(result, sweep).items():
-            name = f"{result.suite}-{sweep.name}-{dtype}"
-            written.append(_save(_sweep_figure(result, sweep, panels, dtype), folder / name))
-    roofline = [row for row in result.rows if row.tflops and row.gb_per_s and row.status != UPPER_BOUND]
-    for dtype in sorted({row.dtype for row in roofline}):
-        chosen = [row for row in roofline if row.dtype == dtype and row.direction == "forward"]
-        if chosen:
-            written.append(
-                _save(_roofline_figure(result, chosen, dtype), folder / f"{result.suite}-roofline-{dtype}")
-            )
-    if any(row.direction in ("step", "inference", "training") for row in result.rows):
-        written += _bar_figures(result, folder)
-    return written
+            figures[f"{sweep.name}-{dtype}"] = _sweep_figure(result, sweep, panels, dtype)
+    for dtype in sorted({row.dtype for row in result.rows}):
+        if roofline.drawn_rows(result, dtype):
+            figures[f"roofline-{dtype}"] = roofline.figure(result, dtype)
+    for (case, direction), rows in grouped(result.rows).items():
+        if direction in ("step", "inference", "training") and any(row.timed for row in rows):
+            figures[f"{case}-{direction}"] = _bar_figure(result, rows)
+    return [save_figure(figure, folder / f"{result.suite}-{name}") for name, figure in figures.items()]
 
 
 def _panels(result: Result, sweep: Sweep) -> dict[str, dict[str, list[Row]]]:
@@ -148,47 +130,27 @@ def _panels(result: Result, sweep: Sweep) -> dict[str, dict[str, list[Row]]]:
 
 
 def _sweep_figure(result: Result, sweep: Sweep, panels: dict[str, list[Row]], dtype: str) -> Any:
-    width, height = PANEL_INCHES
-    figure, all_axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(width * len(panels) + 2.4, height),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
     every = [row for rows in panels.values() for row in rows]
+    title = f"{sweep.y_label} by {sweep.x_label}: {shape_of(every)}, {dtype}, {result.device}"
+    note = not_run([row for row in result.rows if row.group == sweep.group and row.dtype == dtype])
+    figure, all_axes = new_figure(title, note, len(panels))
     order = timed_peers(result)
-    figure.suptitle(f"{shape_of(every)}, {dtype}, {result.device}".removeprefix(", "), fontsize=11)
-    for axes, (direction, rows) in zip(all_axes[0], panels.items(), strict=True):
+    for axes, (direction, rows) in zip(all_axes, panels.items(), strict=True):
         ticks = sorted({sweep.x(row) for row in rows})
-        for index, peer in enumerate(order):
-            _line(axes, sweep, [row for row in rows if row.peer == peer], ticks, index, colour(peer, order))
-        axes.set(title=direction, xlabel=sweep.x_label, yscale="log")
-        axes.grid(alpha=0.3)
+        for peer in order:
+            _peer(axes, sweep, [row for row in rows if row.peer == peer], ticks, order)
+        axes.set(xlabel=sweep.x_label, ylabel=sweep.y_label, yscale="log")
+        label_decades(axes)
+        axes.set_title(direction, fontsize=10)
         if sweep.log_x:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:,.0f}")
         if sweep.label:
             axes.set_xticks(range(len(ticks)), [sweep.label(tick) for tick in ticks], fontsize=8)
-    all_axes[0][0].set_ylabel(sweep.y_label)
-    entries = {
-        label: line
-        for axes in all_axes[0]
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    blank = plt.Line2D([], [], linestyle="none")
-    entries |= {label: blank for label in not_run(result, sweep.group)}
-    figure.legend(entries.values(), entries.keys(), fontsize=8, loc="outside right center", frameon=False)
+    wrong = any(row.status == UPPER_BOUND for row in every)
+    marks = "hollow" if sweep.label else "dotted"
+    add_legend(figure, f"{marks}: wrong answer, an upper bound" if wrong else None)
     return figure
-
-
-def not_run(result: Result, group: str) -> list[str]:
-    """What the picture is about and does not show: padfree, where none of its rows in this group has a figure."""
-    rows = [row for row in result.rows if row.group == group and row.peer.startswith("padfree")]
-    if any(row.timed for row in rows):
-        return []
-    return [f"padfree: not run\n({row.reason.partition(':')[0]})" for row in rows[:1]]
 
 
 def _band(sweep: Sweep, row: Row) -> tuple[float, float] | None:
@@ -202,84 +164,49 @@ def _band(sweep: Sweep, row: Row) -> tuple[float, float] | None:
     return y * low, y * high
 
 
-def _line(axes: Any, sweep: Sweep, rows: list[Row], ticks: list[Any], index: int, shade: Any) -> None:
+def _peer(axes: Any, sweep: Sweep, rows: list[Row], ticks: list[Any], order: list[str]) -> None:
+    """One peer's line along a number, or its points beside those of the others in each category."""
     if not rows:
         return
     peer = rows[0].peer
+    index = order.index(peer)
     upper = any(row.status == UPPER_BOUND for row in rows)
     rows = sorted(rows, key=sweep.x)
-    xs = [ticks.index(sweep.x(row)) if sweep.label else sweep.x(row) for row in rows]
     ys = [sweep.y(row) or 0.0 for row in rows]
-    if bands := [band for row in rows if (band := _band(sweep, row))]:
-        axes.fill_between(xs, *zip(*bands, strict=True), color=shade, alpha=0.15, linewidth=0)
-    axes.plot(
-        xs,
-        ys,
-        marker=MARKERS[index % len(MARKERS)],
-        markersize=4,
-        color=shade,
-        linestyle=":" if upper else "-",
-        linewidth=2.2 if peer.startswith("padfree") else 1.2,
-        label=f"{peer} (wrong answer)" if upper else peer,
-    )
+    style: dict[str, Any] = {
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 4,
+        "color": colour(peer, order),
+        "linestyle": ":" if upper else "-",
+        "linewidth": 2.2 if peer.startswith("padfree") else 1.2,
+        "label": peer,
+    }
+    bands = [band for row in rows if (band := _band(sweep, row))]
+    if sweep.label:
+        beside = 0.7 * ((index + 0.5) / len(order) - 0.5)
+        xs = [ticks.index(sweep.x(row)) + beside for row in rows]
+        axes.plot(xs, ys, **style | {"linestyle": "none", "fillstyle": "none" if upper else "full"})
+        if bands:
+            axes.vlines(xs, *zip(*bands, strict=True), color=style["color"], linewidth=1)
+        return
+    xs = [sweep.x(row) for row in rows]
+    if bands:
+        axes.fill_between(xs, *zip(*bands, strict=True), color=style["color"], alpha=0.15, linewidth=0)
+    axes.plot(xs, ys, **style)
 
 
-def _new_figure(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(figsize=(9.6, 4.8), layout="constrained")
-    axes.set(xlabel=x_label, ylabel=y_label)
-    figure.suptitle(title, fontsize=11)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _roofline_figure(result: Result, rows: list[Row], dtype: str) -> Any:
-    """Useful FLOP per useful byte against what was reached, under the ceilings of the same run."""
-    figure, axes = _new_figure(
-        f"roofline: forward of every case, useful work only, {dtype}, {result.device}",
-        "useful FLOP / byte",
-        "useful TFLOP/s",
-    )
-    assert result.ceilings is not None
-    bandwidth, peak = result.ceilings["bytes_per_s"], result.ceilings["flops_per_s"][dtype]
-    intensities = [1e3 * (row.tflops or 0) / (row.gb_per_s or 1) for row in rows]
-    edges = [
-        min([*intensities, peak / bandwidth]) / 2,
-        peak / bandwidth,
-        max([*intensities, peak / bandwidth]) * 2,
-    ]
-    axes.plot(
-        edges, [min(peak, bandwidth * x) / 1e12 for x in edges], color="black", label="measured ceilings"
-    )
-    order = timed_peers(result)
-    for peer in dict.fromkeys(row.peer for row in rows):
-        points = [(x, row.tflops) for x, row in zip(intensities, rows, strict=True) if row.peer == peer]
-        axes.scatter(*zip(*points, strict=True), s=18, color=colour(peer, order), label=peer)
-    axes.set(xscale="log", yscale="log")
-    figure.legend(fontsize=8, loc="outside right center", frameon=False)
+def _bar_figure(result: Result, rows: list[Row]) -> Any:
+    """Whole models and loops: one bar an implementation, with its p20 to p80; who did not run has a line too."""
+    title = f"{rows[0].case}, {rows[0].direction}, {result.device}"
+    figure, (axes,) = new_figure(title, not_run(rows), panel_inches=0.7 + 0.28 * len(rows))
+    order = [row.peer for row in rows]
+    times = [row.ms_p50 or 0 for row in rows]
+    spread = [[t - (r.ms_p20 or 0) for t, r in zip(times, rows, strict=True)]]
+    spread.append([(r.ms_p80 or 0) - t for t, r in zip(times, rows, strict=True)])
+    axes.barh(order, times, xerr=spread, color=[colour(peer, order) for peer in order], capsize=3)
+    for line, row in enumerate(rows):
+        if not row.timed:
+            axes.annotate(" not run", (0, line), va="center", fontsize=9)
+    axes.set_xlabel("ms (p20 to p80)")
+    axes.invert_yaxis()
     return figure
-
-
-def _bar_figures(result: Result, folder: Path) -> list[Path]:
-    """Whole models and loops: one bar an implementation, with its p20 to p80."""
-    written = []
-    order = timed_peers(result)
-    for (case, direction), rows in grouped([row for row in result.rows if row.timed]).items():
-        figure, axes = _new_figure(f"{case}, {direction}, {result.device}", "ms (p20 to p80)", "")
-        times = [row.ms_p50 or 0 for row in rows]
-        spread = [
-            [(r.ms_p50 or 0) - (r.ms_p20 or 0) for r in rows],
-            [(r.ms_p80 or 0) - (r.ms_p50 or 0) for r in rows],
-        ]
-        axes.barh(
-            [r.peer for r in rows], times, xerr=spread, color=[colour(r.peer, order) for r in rows], capsize=3
-        )
-        axes.invert_yaxis()
-        written.append(_save(figure, folder / f"{result.suite}-{case}-{direction}"))
-    return written
-
-
-def _save(figure: Any, stem: Path) -> Path:
-    figure.savefig(stem.with_name(stem.name + ".svg"), metadata={"Date": None})
-    figure.savefig(stem.with_name(stem.name + ".png"), dpi=110)
-    plt.close(figure)
-    return stem.with_name(stem.name + ".svg")

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
 
@@ -64,3 +66,34 @@ def pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
             yield executor
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+def in_pool(
+    function: Callable[[Any], Any], items: Iterable[Any], jobs: int
+) -> Iterator[tuple[Any, Future[Any]]]:
+    """(item, its finished future) as they end, in `jobs` processes; one that crashes costs its own item alone.
+
+    A process that dies breaks its whole pool. So no more items are out than processes, and those that were out then
+    are asked once more, each in a pool of its own, before the others go on in a new one.
+    """
+    waiting = deque(items)
+    while waiting:
+        suspects, out = list[Any](), dict[Future[Any], Any]()
+        with pool(jobs) as executor:
+            while out or (waiting and not suspects):
+                while waiting and len(out) < jobs and not suspects:
+                    try:
+                        out[executor.submit(function, waiting[0])] = waiting[0]
+                    except BrokenProcessPool:
+                        suspects.append(waiting[0])
+                    waiting.popleft()
+                for future in wait(out, return_when=FIRST_COMPLETED).done:
+                    item = out.pop(future)
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        suspects.append(item)
+                    else:
+                        yield item, future
+        with contextlib.ExitStack() as pools:
+            alone = {pools.enter_context(pool(1)).submit(function, item): item for item in suspects}
+            for future in as_completed(alone):
+                yield alone[future], future

@@ -1,23 +1,12 @@
 """README's headline table: written from the result files, never by hand."""
 
-from dataclasses import replace
 from pathlib import Path
 
-from padfree_bench.results import OK, SECOND_WAVE, Result, Row
+from padfree_bench.results import Result, Row
+from padfree_bench.standing import HEADLINE, STEP_SUITES, Standing, standings, suite_of, without_later_ones
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-OURS = ("padfree-skip", "padfree", "padfree-qkv", "ours-padfree", "ours-sdpa")
 SKIPS = ("padfree-skip", "padfree-qkv")
-PACKED = ("varlen_attn", "flash-attn", "xformers", "nested")
-HEADLINE = {
-    ("attention", "B64-H12-D64-S400-imdb-bf16", "forward"),
-    ("attention", "B64-H12-D64-S400-imdb-bf16", "both"),
-    ("attention", "B64-H4-D8-S400-imdb-bf16", "forward"),
-    ("attention", "B64-H4-D8-S400-imdb-bf16", "both"),
-    ("attention", "B64-H12-D64-S512-full-bf16", "forward"),
-    ("attention", "B64-H12-D64-S512-full-bf16", "both"),
-}
-STEP_SUITES = ("train", "encoder", "hf")
 HEAD = "| device, case | baseline | best other | ours | faster than baseline | than best other |\n|---|---|---|---|---|---|"
 
 GPU_CAPTION = (
@@ -43,67 +32,22 @@ def table(results: list[tuple[str, Result]]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def without_later_ones(folder: str, result: Result, everything: list[tuple[str, Result]]) -> Result:
-    """The result less the cases that the same device measured again later, as the round's tables do its first figures."""
-    later = {
-        (row.case, row.direction)
-        for other_folder, other in everything
-        if other_folder == folder and _suite(other) == _suite(result) and started(other) > started(result)
-        for row in other.rows
-        if row.timed
-    }
-    return replace(result, rows=[row for row in result.rows if (row.case, row.direction) not in later])
-
-
-def started(result: Result) -> str:
-    return str(result.environment.get("started", ""))
-
-
-def _suite(result: Result) -> str:
-    return result.suite.split("-")[0]
-
-
 def _lines(result: Result) -> list[str]:
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in result.rows:
-        wanted = _suite(result) in STEP_SUITES or (_suite(result), row.case, row.direction) in HEADLINE
-        if wanted and row.timed and row.status == OK:
-            groups.setdefault((row.case, row.direction), []).append(row)
-    lines = (_line(result, case, direction, rows) for (case, direction), rows in groups.items())
-    return [line for line in lines if line]
+    return [
+        _line(result, found)
+        for found in standings(result)
+        if found.ours and (suite_of(result) in STEP_SUITES or (found.case, found.direction) in HEADLINE)
+    ]
 
 
-def _line(result: Result, case: str, direction: str, rows: list[Row]) -> str:
+def _line(result: Result, found: Standing) -> str:
     """One case: the usual choice, the fastest that is not ours and takes the same padded input, and ours."""
-    by_name = {row.peer: row for row in rows}
-    ours = next((by_name[name] for name in OURS if name in by_name), None)
-    if ours is None:
-        return ""
-    # Only rows of one wave were interleaved: each is held against ours of its own.
-    beside = {None: ours, 2: by_name.get(ours.peer + SECOND_WAVE)}
-    ratios = {
-        row.peer: ratio(row, mine)
-        for row in rows
-        if not row.peer.startswith(("padfree", "ours"))
-        and not row.peer.endswith(SECOND_WAVE)
-        and row.peer not in PACKED
-        and (mine := beside.get(row.wave)) is not None
-    }
-    if not ratios:
-        return ""
-    baseline = next((peer for peer in ("notebook", "sdpa") if peer in ratios), next(iter(ratios)))
-    best = min(ratios, key=lambda peer: ratios[peer])
-    cells = [f"{result.device}: {_suite(result)} {case}, {direction}"]
-    cells += [_figure(by_name[peer]) for peer in (baseline, best)]
-    cells += [_figure(ours, bold=True), f"{ratios[baseline]:.2f}x", f"{ratios[best]:.2f}x"]
+    assert found.ours is not None
+    cells = [f"{result.device}: {suite_of(result)} {found.case}, {found.direction}"]
+    cells += [_figure(row) for row in (found.baseline, found.best)]
+    cells += [_figure(found.ours, bold=True)]
+    cells += [f"{found.times_of(row, found.ours):.2f}x" for row in (found.baseline, found.best)]
     return f"| {' | '.join(cells)} |"
-
-
-def ratio(row: Row, ours: Row) -> float:
-    """How many times as long as ours: of graph to graph where both have one, else of call to call."""
-    if row.graph_ms and ours.graph_ms:
-        return row.graph_ms / ours.graph_ms
-    return (row.ms_p50 or 0) / (ours.ms_p50 or 1)
 
 
 def _figure(row: Row, bold: bool = False) -> str:

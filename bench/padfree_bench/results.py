@@ -17,7 +17,10 @@ OK, UPPER_BOUND, NOT_RUN = "ok", "upper bound", "not run"
 FAULT = "fault"
 # After a peer's name: timed once more beside those that compile for every shape. After a case's: that part of it.
 SECOND_WAVE = " (second wave)"
+# After a peer's name in a --twice run: timed a second time, to see whether it measures the same.
+AGAIN = " (again)"
 EARLIER = "earlier"
+FIGURE = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+|\d+(?= ms)")
 
 
 class DeviceLost(Exception):
@@ -302,6 +305,27 @@ def grouped(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in rows:
         tables.setdefault((row.case, row.direction), []).append(row)
     return tables
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 case`, `2 cases`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def by_reason(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows by what is said of them, in order of appearance; reasons that differ in a measured figure alone are one.
+
+    Such a figure is an error or a time; the first stands for all of them.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.reason:
+            found.setdefault(FIGURE.sub("#", row.reason), []).append(row)
+    named: dict[str, list[Row]] = {}
+    for same in found.values():
+        others = len({row.reason for row in same}) - 1
+        named[same[0].reason + (f" (and {others} with other figures)" if others else "")] = same
+    return named
 
 
 def fault_line(result: Result) -> str:

@@ -14,7 +14,19 @@ from tqdm import tqdm
 
 from padfree_bench import clocks, machine
 from padfree_bench.ceilings import Ceilings, measure_ceilings
-from padfree_bench.results import NOT_RUN, DeviceLost, Result, Row, cell, fault_line, grouped, save, to_json
+from padfree_bench.results import (
+    NOT_RUN,
+    DeviceLost,
+    Result,
+    Row,
+    by_reason,
+    cell,
+    counted,
+    fault_line,
+    grouped,
+    save,
+    to_json,
+)
 from padfree_bench.timing import Effort, own_stream
 
 # A tune.json whose accepted rows come before the table's own, in this process.
@@ -86,16 +98,23 @@ class Session:
             from padfree_bench.tune import apply_rows
 
             self.result.environment["tuned_rows"] = apply_rows(Path(tuned)) if Path(tuned).is_file() else []
-        if (load := self.result.environment["load_before"]) > machine.usable_cores():
-            print(f"this machine is busy (load {load}): its figures say little", file=sys.stderr)
+        if load := machine.busy(self.result.environment):
+            print(f"this machine is busy ({load}): its figures say little", file=sys.stderr)
         slug = machine.device_slug(self.device)
         self.folder = Path(options.output) / (f"{slug}-quick" if options.quick else slug)
         self.ceilings: Ceilings = measure_ceilings(self.device, set(dtypes))
         self.lost: DeviceLost | None = None
 
-    def run(self, cases: Iterable[tuple[str, Callable[[], Parts]]]) -> Result:
-        """Measure each (name, function that gives its rows) until done or out of time; then print the table."""
+    def run(self, cases: Iterable[tuple[str, Callable[[], Parts]]], directions: int = 1) -> Result:
+        """Measure each (name, function that gives its rows) until done or out of time; then print the table.
+
+        `directions` are timed one by one in each case, 0 where nothing is timed.
+        """
         todo = list(cases)
+        print(
+            ahead(self.result.suite, len(todo), directions, self.effort, self.options.minutes),
+            file=sys.stderr,
+        )
         with (
             own_stream(self.device),
             tqdm(todo, desc=self.result.suite, file=sys.stderr, disable=None) as progress,
@@ -154,6 +173,23 @@ class Session:
             save(self.result, self.folder)
 
 
+def ahead(suite: str, cases: int, directions: int, effort: Effort, minutes: float | None) -> str:
+    """How long it will take, before anything is known of the calls: between all of them fast and all of them slow."""
+    timings = cases * directions
+    low, high = (_duration(timings * each) for each in (effort.seconds, effort.at_most_seconds))
+    timing = (
+        f"{counted(timings, 'timing')}, {low} if calls are fast to {high} if slow"
+        if timings
+        else "nothing is timed"
+    )
+    stop = f"; no further case starts after {minutes:g} min" if minutes else ""
+    return f"{suite}: {counted(cases, 'case')}, {timing}, checks on top{stop}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
 def refuse_to_replace(options: argparse.Namespace) -> None:
     """ValueError where a part of a suite would replace the file of the whole."""
     left_out = [name for name in ("shapes", "dtypes", "peers", "directions") if getattr(options, name, None)]
@@ -178,12 +214,10 @@ def terminal_table(result: Result) -> str:
             lines.append(
                 "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
             )
-    reasons: dict[str, dict[str, None]] = {}
-    for row in result.rows:
-        if row.reason:
-            reasons.setdefault(row.reason, {})[row.peer] = None
-    if reasons:
-        lines += ["", "remarks:", *(f"  {', '.join(peers)}: {reason}" for reason, peers in reasons.items())]
+    if reasons := by_reason(result.rows):
+        lines += ["", "remarks:"]
+        for reason, rows in reasons.items():
+            lines.append(f"  {', '.join(dict.fromkeys(row.peer for row in rows))}: {reason}")
     if result.faults:
         lines += ["", fault_line(result)]
     if result.not_reached:

@@ -144,10 +144,8 @@ def run_case(
         except Exception as error:  # noqa: BLE001 - a recipe may fail in its own way; the row says how
             row.reason = first_line(error)
     tokens = sum(batch.tokens for batch in batches[False])
-    seconds = 10 if session.options.quick else 20 if device.type == "cuda" else 60
-    effort = Effort(seconds, least=5, most=15, warmup=1, at_most_seconds=2 * seconds)
     watch = Watch({"case": case_id(preset, size, count, dtype_name), "direction": "step"})
-    samples = measure(epochs, device, effort, wall=True, watch=watch)
+    samples = measure(epochs, device, session.effort, wall=True, watch=watch)
     if watch.readings:
         session.result.clocks.append(watch.entry)
     for name, sample in samples.items():
@@ -204,6 +202,8 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     dtypes = choose_dtypes(options.dtypes, "bf16,fp32" if gpu else "fp32")
     size, count = (64, 20) if gpu else (16, 4) if options.quick else (64, 8)
     session = Session("train", options, command, set(dtypes))
+    seconds = 10 if options.quick else 20 if gpu else 60
+    session.effort = Effort(seconds, least=5, most=15, warmup=1, at_most_seconds=2 * seconds)
     return session.run(
         (
             case_id(preset, size, count, dtype),

@@ -1,4 +1,4 @@
-"""`python3 -m bench gpu-round --part prepare|smoke|main`: a GPU's quarter of an hour, used to the full.
+"""`python -m bench gpu-round --part prepare|smoke|main`: a GPU's quarter of an hour, used to the full.
 
 prepare  on a CPU, before: what a CPU can make goes into .carry/ (kernels, reviews, tokens, the commit)
 smoke    within 4 minutes: is it right on this hardware, does it repeat, the first figures
@@ -307,7 +307,7 @@ def allowed(step: Step, later: list[Step], left: float) -> float:
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
-        prog="python3 -m bench gpu-round",
+        prog="python -m bench gpu-round",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -342,13 +342,13 @@ def main(argv: list[str]) -> int:
     known = [step.name for step in PARTS[options.part](round_on_a_cpu())]
     if unknown := set(only or ()) - set(known):
         print(
-            f"python3 -m bench gpu-round: steps must be of {', '.join(known)}, got {', '.join(sorted(unknown)) or 'nothing'}",
+            f"python -m bench gpu-round: steps must be of {', '.join(known)}, got {', '.join(sorted(unknown)) or 'nothing'}",
             file=sys.stderr,
         )
         return 2
     if options.archive and (options.archive.is_dir() or not options.archive.name.endswith(".tar.gz")):
         print(
-            f"python3 -m bench gpu-round: --archive must be a .tar.gz, got {options.archive}", file=sys.stderr
+            f"python -m bench gpu-round: --archive must be a .tar.gz, got {options.archive}", file=sys.stderr
         )
         return 2
     if options.archive:

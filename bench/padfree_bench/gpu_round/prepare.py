@@ -1,4 +1,4 @@
-"""`python3 -m bench gpu-round --part prepare`: what a CPU can make before a GPU is at hand, in .carry/.
+"""`python -m bench gpu-round --part prepare`: what a CPU can make before a GPU is at hand, in .carry/.
 
 Kernels compiled with this machine's Triton (run it where the software is the GPU machine's own), a few thousand
 reviews with their tokens, the tokenizer, and which commit this is: all that a copy of the tree without history lacks.
@@ -27,18 +27,18 @@ SOURCES = ("kernels/padfree/*.py", "bench/padfree_bench/**/*.py", "bench/padfree
 def prepare(reviews: Path | None, tokenizer: Path | None) -> int:
     """Fill .carry/ and print what it weighs; status 1 where it is too heavy or something failed, 2 for a wrong path."""
     if (reviews is None) != (tokenizer is None):
-        print("python3 -m bench gpu-round: --reviews and --tokenizer belong together", file=sys.stderr)
+        print("python -m bench gpu-round: --reviews and --tokenizer belong together", file=sys.stderr)
         return 2
     for path, fits in ((reviews, Path.is_file), (tokenizer, Path.is_dir)):
         if path is not None and not fits(path):
-            print(f"python3 -m bench gpu-round: {path} is no such file or folder", file=sys.stderr)
+            print(f"python -m bench gpu-round: {path} is no such file or folder", file=sys.stderr)
             return 2
     CARRY.mkdir(exist_ok=True)
     try:
         write_commit()
     except (OSError, subprocess.CalledProcessError):
         print(
-            "python3 -m bench gpu-round: prepare needs git and a clone: it carries the commit",
+            "python -m bench gpu-round: prepare needs git and a clone: it carries the commit",
             file=sys.stderr,
         )
         return 2

@@ -15,7 +15,6 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import as_completed
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from padfree_bench.aot import compile_only
 from padfree_bench.gpu_round import agreement, steps
 from padfree_bench.gpu_round.carry import unpack
-from padfree_bench.processes import pool
+from padfree_bench.processes import in_pool
 
 ARCH = 90
 Item = tuple[str, ...]
@@ -184,25 +183,20 @@ def build_launcher(kernel: Any) -> None:
 def warm(todo: list[Item], jobs: int, quiet: bool = False) -> dict[str, Any]:
     """Compile the items in `jobs` processes; says what it knows after each, or only at the end if `quiet`."""
     begin, kernels, failed = time.monotonic(), Counter[str](), list[str]()
-    seconds, done, summary = 0.0, 0, dict[str, Any]()
-    with pool(jobs) as executor:
-        futures = {executor.submit(compile_item, item): item for item in todo}
-        for future in as_completed(futures):
-            done += 1
-            try:
-                hits, taken = future.result()
-                kernels.update("hits" if hit else "compiled" for hit in hits)
-                seconds += taken
-            except Exception as error:  # noqa: BLE001 - the later step will say what is wrong with this call
-                failed.append(
-                    f"{' '.join(futures[future])}: {str(error).splitlines()[0] if str(error) else error!r}"
-                )
-            summary = {
-                "items": done, "of": len(todo), **kernels, "core_seconds": seconds, "jobs": jobs,
-                "seconds": time.monotonic() - begin, "failed": failed,
-            }  # fmt: skip
-            if not quiet or done == len(todo):
-                print(json.dumps(summary), flush=True)
+    seconds, summary = 0.0, dict[str, Any]()
+    for done, (item, future) in enumerate(in_pool(compile_item, todo, jobs), start=1):
+        try:
+            hits, taken = future.result()
+            kernels.update("hits" if hit else "compiled" for hit in hits)
+            seconds += taken
+        except Exception as error:  # noqa: BLE001 - the later step will say what is wrong with this call
+            failed.append(f"{' '.join(item)}: {str(error).splitlines()[0] if str(error) else error!r}")
+        summary = {
+            "items": done, "of": len(todo), **kernels, "core_seconds": seconds, "jobs": jobs,
+            "seconds": time.monotonic() - begin, "failed": failed,
+        }  # fmt: skip
+        if not quiet or done == len(todo):
+            print(json.dumps(summary), flush=True)
     return summary
 
 
