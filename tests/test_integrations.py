@@ -275,5 +275,16 @@ def test_counts_are_a_snapshot(by_reference):
 
 
 def test_an_unknown_impl_is_refused():
-    with pytest.raises(ValueError, match="impl must be 'auto' or 'reference', got 'triton'"):
-        integration.register(impl="triton")
+    with pytest.raises(ValueError, match="impl must be 'triton' or 'reference', got 'auto'"):
+        integration.register(impl="auto")
+
+
+def test_autocast_is_served_where_layers_differ_in_dtype(by_reference):
+    model = make_model("bert", "padfree").eval()
+    module = next(m for m in model.modules() if type(m).__name__ == "BertSelfAttention")
+    query, key = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8, dtype=torch.float16)
+    integration.reset_counts()
+    with torch.autocast("cpu", torch.float16):
+        out, _ = integration.attention_forward(module, query, key, key, None, is_causal=False)
+    assert out.dtype == torch.float16
+    assert (integration.counts().reference, integration.counts().fallback) == (1, 0)

@@ -47,6 +47,7 @@ from padfree.integrations._packed import (
     attend_packed,
     packing_of,
 )
+from padfree.reference import computed_dtype
 
 __all__ = [
     "NAME",
@@ -64,7 +65,7 @@ __all__ = [
 KNOWN_ARGUMENTS = INERT_ARGUMENTS | {*PACKED_ARGUMENTS, "seq_idx"}
 
 
-def register(impl: Literal["auto", "reference"] = "auto") -> None:
+def register(impl: Literal["triton", "reference"] = "triton") -> None:
     """Make "padfree" and "padfree_strict" known as `attn_implementation` in this process.
 
     From then on every model that takes one of the names is looked at when it is built or switched: one without a
@@ -72,15 +73,15 @@ def register(impl: Literal["auto", "reference"] = "auto") -> None:
     `position_ids` that restart without `cu_seq_lens_q`: its packed sequences would see each other.
 
     Args:
-        impl: "auto" runs the kernel on a GPU, or on a CPU under TRITON_INTERPRET=1, and transformers' sdpa
-            wherever the kernel cannot run. "reference" runs `padfree.reference` through the same adapter on
+        impl: "triton" runs the kernel wherever it can, on a CPU under TRITON_INTERPRET=1 too, since the name asks
+            for it, and transformers' sdpa where it cannot. "reference" runs `padfree.reference` through the same adapter on
             any device, for tests; it is counted apart from the kernel.
 
     Raises:
         ValueError: another impl.
     """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl must be 'auto' or 'reference', got {impl!r}")
+    if impl not in ("triton", "reference"):
+        raise ValueError(f"impl must be 'triton' or 'reference', got {impl!r}")
     for name, strict in ((NAME, False), (STRICT_NAME, True)):
         AttentionInterface.register(name, functools.partial(attention_forward, impl=impl, strict=strict))
         AttentionMaskInterface.register(name, functools.partial(attention_mask_for, strict=strict))
@@ -172,7 +173,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     output_attentions: bool = False,
     *,
-    impl: Literal["auto", "reference"] = "auto",
+    impl: Literal["triton", "reference"] = "triton",
     strict: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -211,7 +212,7 @@ def attention_forward(
         reason = "packed sequences came with a mask or a position bias"
     if reason is None and output_attentions and (window or packing or bias is not None):
         reason = "attention weights of a layer with a window, a bias or packed sequences were asked for"
-    if reason is None and impl == "auto":
+    if reason is None and impl == "triton":
         reason = padfree.why_not(query)
     weights: Tensor | None = None
     if reason is not None:
@@ -234,10 +235,9 @@ def attention_forward(
             weights = sdpa_attention_forward(module, query, key, unit, **kwargs)[0].transpose(1, 2)
         return out, weights
 
-    count("fused" if impl == "auto" else "reference")
-    chosen: Literal["triton", "reference"] = "triton" if impl == "auto" else "reference"
+    count("fused" if impl == "triton" else "reference")
     if packing is not None:
-        return attend_packed(query, key, value, packing, dropout, scaling, window, chosen), None
+        return attend_packed(query, key, value, packing, dropout, scaling, window, impl), None
     out, lse = padfree.attention(
         query,
         key,
@@ -251,10 +251,10 @@ def attention_forward(
         and not has_decoder(module)
         and query.shape[2] == key.shape[2],
         return_lse=True,
-        impl=chosen,
+        impl=impl,
     )
     if output_attentions:
-        weights = padfree.attention_weights(query, key, lse, padding, scale=scaling).to(query.dtype)
+        weights = padfree.attention_weights(query, key, lse, padding, scale=scaling).to(out.dtype)
     return out.transpose(1, 2), weights
 
 
@@ -282,7 +282,7 @@ def _why_tensors_fall_back(
             return f"the mask has {attention_mask.ndim} dimensions, not [B, N]"
         if attention_mask.ndim == 2 and attention_mask.shape != (batch, length):
             return "the mask has another batch size or length than the keys"
-    if not query.dtype == key.dtype == value.dtype:
+    if len({computed_dtype(x) for x in (query, key, value)}) > 1:
         return "query, key and value differ in dtype"
     if not query.shape[-1] == key.shape[-1] == value.shape[-1] <= MAX_HEAD_DIM:
         return f"query, key and value do not share one head_dim of at most {MAX_HEAD_DIM}"
