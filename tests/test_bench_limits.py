@@ -15,7 +15,7 @@ from padfree_bench.timing import Effort, _repetitions
 
 PARENT = """
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
 print(child.pid, flush=True)
 child.wait()
 """
@@ -28,15 +28,20 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def wait_for_the_end_of(pid: int) -> None:
+    """Ten minutes: it takes a moment, or does not come."""
+    for _ in range(6000):
+        if not is_running(pid):
+            return
+        time.sleep(0.1)
+    pytest.fail("it went on")
+
+
 def test_a_command_past_its_limit_ends_with_its_children(tmp_path: Path) -> None:
     with (tmp_path / "out").open("w") as out:
-        assert run_limited([sys.executable, "-c", PARENT], 3, stdout=out) is None
+        assert run_limited([sys.executable, "-c", PARENT], 15, stdout=out) is None
     child = int((tmp_path / "out").read_text())
-    for _ in range(50):
-        if not is_running(child):
-            break
-        time.sleep(0.1)
-    assert not is_running(child)
+    wait_for_the_end_of(child)
 
 
 def test_a_worker_that_crashes_costs_its_own_item_alone(
@@ -65,7 +70,7 @@ def test_minutes_that_mean_nothing_are_refused() -> None:
 def test_told_to_stop_it_leaves_nothing_running() -> None:
     program = (
         "from padfree_bench.processes import *; stop_on_sigterm();"
-        "run_limited([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'], 60)"
+        "run_limited([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(3600)'], 60)"
     )
     folders = [str(ROOT / folder) for folder in ("kernels", "bench")]
     process = subprocess.Popen(
@@ -75,6 +80,5 @@ def test_told_to_stop_it_leaves_nothing_running() -> None:
     assert process.stdout is not None
     child = int(process.stdout.readline())
     process.terminate()
-    process.wait(timeout=30)
-    time.sleep(0.5)
-    assert not is_running(child)
+    process.wait()
+    wait_for_the_end_of(child)

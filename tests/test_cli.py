@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,15 +173,12 @@ def test_help_answers_without_loading_torch_or_transformers(command: str) -> Non
         f"import sys; from imdb_classifier.{command} import main; status = main(['--help'])\n"
         "sys.exit(status or any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')))"
     )
-    seconds = []
-    # The best of three, since a busy machine is no slow program.
-    for _ in range(3):
-        began = time.monotonic()
-        shown = run_python("-c", program)
-        seconds.append(time.monotonic() - began)
-        assert (shown.returncode, shown.stderr) == (0, "")
-        assert f"usage: imdb-{command}" in shown.stdout
-    assert min(seconds) < 1
+    before = sum(os.times()[2:4])
+    shown = run_python("-c", program)
+    # CPU time of the child, which other work on the machine does not use up; torch alone takes more
+    assert sum(os.times()[2:4]) - before < 1
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"usage: imdb-{command}" in shown.stdout
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])

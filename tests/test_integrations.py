@@ -285,6 +285,8 @@ def test_autocast_is_served_where_layers_differ_in_dtype(by_reference):
     query, key = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8, dtype=torch.float16)
     integration.reset_counts()
     with torch.autocast("cpu", torch.float16):
-        out, _ = integration.attention_forward(module, query, key, key, None, is_causal=False)
+        out, _ = integration.attention_forward(
+            module, query, key, key, None, is_causal=False, impl="reference"
+        )
     assert out.dtype == torch.float16
     assert (integration.counts().reference, integration.counts().fallback) == (1, 0)

@@ -9,7 +9,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from padfree._op import TENSORS, ops, refuse_forward_mode, refuse_second_derivative
+from padfree._op import TENSORS, ops, refuse_second_derivative
+
+
+def refuse_forward_mode(ctx: Any, *tangents: Any) -> NoReturn:
+    raise RuntimeError(
+        "padfree's kernel has no forward-mode derivative (jvp, jacfwd, hessian); use impl='reference'"
+    )
 
 
 class FunctionalAttention(torch.autograd.Function):

@@ -170,20 +170,13 @@ def refuse_second_derivative() -> NoReturn:
     )
 
 
-def refuse_forward_mode(ctx: Any, *tangents: Any) -> NoReturn:
-    raise RuntimeError(
-        "padfree's kernel has no forward-mode derivative (jvp, jacfwd, hessian); use impl='reference'"
-    )
-
-
 class Attention(torch.autograd.Function):
     """(query, key, value, then the arguments of SHARED_SCHEMA) -> (out, lse2).
 
     Arguments are spelled out for torch.compile, which reads the signature; a setup_context of its own would cost each
-    call an `inspect.signature`, half of the forward's host time: `_functional` has one.
+    call an `inspect.signature`, half of the forward's host time: `_functional` has one. Dynamo traces no Function with a
+    jvp of its own, so forward mode is refused in PyTorch's words.
     """
-
-    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(
@@ -220,8 +213,6 @@ class Attention(torch.autograd.Function):
 
 class AttentionQKVPacked(torch.autograd.Function):
     """(qkv, then the arguments of SHARED_SCHEMA) -> (out, lse2), with one gradient buffer."""
-
-    jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def forward(
