@@ -127,6 +127,59 @@ def test_masks_obey_the_error_rule(kind: str) -> None:
             torch.testing.assert_close(getattr(got, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias_dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_a_bias_that_does_not_fit_the_querys_dtype_keeps_its_own(
+    dtype: torch.dtype, bias_dtype: torch.dtype
+) -> None:
+    """Beyond the largest fp16, the lowest number of its dtype in a whole row, and steps finer than bf16's."""
+    query, key, value = (normal(1, 1, 4, 8, seed=seed, dtype=dtype) for seed in range(3))
+    bias = torch.tensor(
+        [[0, 3e4, 0, 1], [100.3, 100.7, 100, 0], [0, 1, 2, 3], [0, 0, 0, 0]], dtype=bias_dtype
+    )
+    bias[3] = torch.finfo(bias_dtype).min
+    if bias_dtype != torch.float16:
+        bias[0, 1] = 1e5
+    got, wanted = (
+        padfree.attention(query, key, value, attn_mask=bias, impl=impl) for impl in ("auto", "reference")
+    )
+    # SDPA rounds the weights, which are at most 1, to query's dtype.
+    torch.testing.assert_close(got, wanted, rtol=0, atol=torch.finfo(dtype).eps)
+
+
+def test_a_bias_may_be_differentiated_through_vmap() -> None:
+    query, key, bias = normal(2, 2, 4, 8, seed=0), normal(1, 2, 4, 8, seed=1), normal(2, 4, 4, seed=2)
+
+    def loss(bias: Tensor, impl: str) -> Tensor:
+        def one(query: Tensor, bias: Tensor) -> Tensor:
+            return padfree.attention(query[None], key, key, attn_mask=bias, impl=impl)[0]
+
+        return torch.func.vmap(one)(query, bias).square().sum()
+
+    got, wanted = (torch.func.grad(loss)(bias, impl) for impl in ("auto", "reference"))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_tracer_finds_no_number_that_was_asked_for() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    tensors = padded_rows(make_inputs(2, 2, 9, 9, 8, padding="right"))
+    dead = (*tensors[:3], torch.ones_like(tensors[3]))
+    graph = make_fx(lambda *x: padfree.attention(*x))(*tensors)
+    assert torch.equal(graph(*tensors), padfree.attention(*tensors)) and not graph(*dead).any()
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in tensors]
+        assert padfree.attention(*fake).shape == tensors[0].shape
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_window_may_be_wider_than_any_number(impl: str) -> None:
+    tensors = padded_rows(make_inputs(1, 1, 5, 5, 8))
+    got = padfree.attention(*tensors, window=(10**30, 0), impl=impl)
+    assert torch.equal(got, padfree.attention(*tensors, window=(None, 0), impl=impl))
+
+
 @pytest.mark.parametrize("filler", [math.nan, math.inf])
 @pytest.mark.parametrize("padding", ["right", "holes", "zero_keys", "all"])
 def test_what_stands_in_padding_changes_no_bit(padding: str, filler: float) -> None:

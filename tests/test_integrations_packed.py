@@ -194,6 +194,8 @@ def test_positions_that_restart_without_boundaries_are_refused(attention):
     with pytest.raises(ValueError, match="position_ids restart within a row and cu_seq_lens_q did not come"):
         make_model("bert", attention)(**batch)
     with pytest.raises(ValueError, match="position_ids restart"):
+        make_model("bert", attention)(batch["input_ids"], None, None, batch["position_ids"])
+    with pytest.raises(ValueError, match="position_ids restart"):
         integration.enable(make_model("bert"), strict=attention == "padfree_strict")(**batch)
     # The same model under another name is transformers' own business, and so are a decoder's positions.
     model = make_model("bert", attention)

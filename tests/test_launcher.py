@@ -194,6 +194,15 @@ def test_a_setting_that_is_left_alone_leaves_the_result_as_it_is(
     assert_same_run(tmp_path / "run", finished_run)
 
 
+def test_an_empty_setting_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (*launcher.REFUSED, *launcher.FLAGS, *launcher.CHOICES)
+    for name in names:
+        monkeypatch.setenv(name, "")
+    launcher.check("no")
+    assert not [name for name in names if name in os.environ]
+    inference.make_accelerator("fp32", cpu=True)
+
+
 def without_cpu(arguments: list[str]) -> list[str]:
     return [word for word in arguments if word != "--cpu"]
 

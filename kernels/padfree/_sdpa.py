@@ -23,9 +23,15 @@ def sdpa_serves(
     """Whether SDPA's fused CPU kernel can compute this checked call; the LSE, for one, it keeps to itself."""
     if query.device.type != "cpu" or return_lse or dropout_p > 0 or (scale is not None and scale <= 0):
         return False
-    if attn_mask is not None and attn_mask.requires_grad:
+    if attn_mask is not None and attn_mask.is_floating_point() and not _takes_bias(attn_mask, query.dtype):
         return False
     return query.numel() > 0 and key.numel() > 0
+
+
+def _takes_bias(bias: Tensor, dtype: torch.dtype) -> bool:
+    """It must fit query's dtype exactly, in which SDPA adds it, and want no gradient, which vmap hides from us."""
+    exact = torch.promote_types(bias.dtype, dtype) == dtype
+    return exact and not bias.requires_grad and not torch._C._are_functorch_transforms_active()
 
 
 def sdpa_attention(
@@ -47,10 +53,6 @@ def sdpa_attention(
         return scaled_dot_product_attention(query, key, value, scale=scale)
     visible = visible_keys(query, key, padding, attn_mask, window, skip_padded_queries)
     live = visible.any(dim=-1, keepdim=True)
-    if _may_look() and bool(live.all()):
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=_sdpa_mask(attn_mask, visible, query), scale=scale
-        )
     # A row that sees nothing looks at everything: its softmax stays finite, and what comes of it is left out.
     mask = _sdpa_mask(attn_mask, visible | ~live, query)
     query = torch.where(live, query, 0)
@@ -63,8 +65,3 @@ def _sdpa_mask(attn_mask: Tensor | None, visible: Tensor, query: Tensor) -> Tens
         return visible
     bias = torch.where(attn_mask == LOWEST, 0, attn_mask.to(query.dtype))
     return torch.where(visible, bias, LOWEST)
-
-
-def _may_look() -> bool:
-    """Whether numbers may be asked for, which on a CPU costs nothing; a trace and torch.func have none."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())

@@ -60,7 +60,7 @@ def attention(
             compute the call and the reference where not. An explicit choice never falls back.
 
     Returns:
-        out [B, H, M, D] in query's dtype, held in memory as [B, M, H, D]; with `return_lse` also
+        out [B, H, M, D] in query's dtype, which the kernel holds in memory as [B, M, H, D]; with `return_lse` also
         lse [B, H, M], fp32, natural log. A row with no visible key is exactly 0, with LSE -inf and zero
         gradients.
 

@@ -205,7 +205,8 @@ def full_precision(query: Tensor) -> AbstractContextManager[Any]:
 
 def in_window(rows: int, keys: int, window: tuple[int | None, int | None], device: torch.device) -> Tensor:
     """[rows, keys] bool, True where row - left <= key <= row + right; None leaves a side open."""
-    left, right = window
+    # No side reaches beyond the longer one; larger numbers would leave 64 bits.
+    left, right = (None if side is None else min(side, max(rows, keys)) for side in window)
     distance = torch.arange(keys, device=device)[None, :] - torch.arange(rows, device=device)[:, None]
     return (distance >= (-math.inf if left is None else -left)) & (
         distance <= (math.inf if right is None else right)

@@ -100,6 +100,10 @@ def check(mixed_precision: str) -> None:
     """
     for name in sorted(os.environ):
         value = os.environ[name].lower()
+        if name.startswith("ACCELERATE_") and not value.strip():
+            # It asks for nothing, and accelerate would read a number or a flag from it.
+            del os.environ[name]
+            continue
         if name in REFUSED and value not in REFUSED[name][0]:
             raise UserError(f"{name}={os.environ[name]} is not supported: {REFUSED[name][1]}")
         if name in FLAGS and value not in ON + OFF:

@@ -112,11 +112,14 @@ def _refuse_boundaries(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]
 
 def _refuse_restarts(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
     """Without their boundaries packed sequences would see each other, and the layers of an encoder cannot tell."""
-    positions = kwargs.get("position_ids")
+    given = kwargs
+    if len(args) > 1:
+        given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    positions = given.get("position_ids")
     if positions is None or positions.ndim != 2 or not _is_ours(model):
         return
     # A mask comes with padding, whose positions may be anything.
-    if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "attention_mask")):
+    if any(given.get(name) is not None for name in ("cu_seq_lens_q", "attention_mask")):
         return
     message = (
         "position_ids restart within a row and cu_seq_lens_q did not come: the packed sequences would see each other; "
