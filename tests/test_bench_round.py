@@ -17,7 +17,7 @@ import torch
 
 import padfree
 from padfree_bench import cli
-from padfree_bench.gpu_round import agreement, checks, driver, steps
+from padfree_bench.gpu_round import agreement, checks, counters, driver, steps
 from padfree_bench.gpu_round.steps import OVERHEAD_SECONDS, PART_SECONDS, PARTS, VERSIONS_SECONDS, Round, Step
 from padfree_bench.session import refuse_to_replace
 from test_bench_limits import is_running
@@ -388,3 +388,28 @@ def test_repeats_see_one_changed_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(checks, "attention", sometimes)
     assert [line.split(":")[0] for line in checks.check_repeats(CPU)] == ["H12 D64 launched"]
+
+
+RAW_PAGE = """==PROF== Connected
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","sm__throughput.avg.pct_of_peak_sustained_elapsed","launch__uses_cdp","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
+"","","","ns","%","",""
+"0","7","attention_forward_kernel","61,408","41.5","0","1.25"
+"1","7","key_gradient_kernel","9,000","","0","0.5"
+"""
+
+
+def test_the_counters_that_say_what_binds_a_kernel_are_kept_in_base_units() -> None:
+    forward, key_gradient = counters.read_counters(RAW_PAGE)
+    waits = "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
+    busy = "sm__throughput.avg.pct_of_peak_sustained_elapsed [%]"
+    duration = "gpu__time_duration.sum [ns]"
+    assert forward == {"kernel": "attention_forward_kernel", duration: 61408.0, busy: 41.5, waits: 1.25}
+    assert key_gradient == {"kernel": "key_gradient_kernel", duration: 9000.0, waits: 0.5}
+
+
+def test_a_machine_without_nsight_compute_has_no_counters(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(counters, "find_ncu", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["counters", str(tmp_path)])
+    assert counters.main() == 1 and "ncu is not installed" in capsys.readouterr().out

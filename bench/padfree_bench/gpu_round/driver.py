@@ -2,7 +2,7 @@
 
 prepare  on a CPU, before: what a CPU can make goes into .carry/ (kernels, reviews, tokens, the commit)
 smoke    within 4 minutes: is it right on this hardware, does it repeat, the first figures
-main     within 8 minutes: tune, all tables, training, memory, compute-sanitizer
+main     within 8.5 minutes: tune, all tables, counters, training, memory, compute-sanitizer
 
 Every step is a process with a limit of its own; what came of it is on disk before the next one starts, in one folder a
 card. Without a GPU both parts are rehearsed as far as they go, and say "rehearsed", never "passed".

@@ -11,9 +11,10 @@ from padfree_bench.results import RESULTS
 
 ROOT = Path(__file__).resolve().parents[3]
 CHECKS = "padfree_bench.gpu_round.checks"
+COUNTERS = "padfree_bench.gpu_round.counters"
 REHEARSE = "--rehearse"
 CARRY = ROOT / ".carry"
-PART_SECONDS = {"smoke": 240, "main": 480}
+PART_SECONDS = {"smoke": 240, "main": 510}
 # What the driver itself may take, beside its steps: to ask what machine this is, and to write files.
 VERSIONS_SECONDS, OVERHEAD_SECONDS = 12, 15
 # For the case that a suite is in when its minutes are over.
@@ -128,6 +129,8 @@ def main(around: Round) -> list[Step]:
         Step("warm-tuned", "the headline's other kernels with the tuned rows", 20, warm("tuned", around), False, tuned),
         Step("table", "attention: headline, no padding, other heads; every peer", 100,
              attention(around, "table", table), False, tuned, result="attention-table"),
+        Step("counters", "Nsight Compute on each kernel of the headline: what binds it", 30,
+             worker(COUNTERS, str(around.folder)), True),
         Step("train-step", "a training step: the notebook's loop against ours", 60,
              suite(around, "train", "round", "--dtypes", "bf16"), False, tuned, result="train-round"),
         Step("epoch-padfree", f"imdb-train on reviews, {'fused' if around.on_gpu else 'SDPA in its place'}, the second of two epochs", 30, epochs("padfree", around), needs_folder=reviews),
