@@ -154,11 +154,19 @@ def why_not(query: Tensor) -> str | None:
     dtype = computed_dtype(query)
     if dtype not in _checks.KERNEL_DTYPES:
         return f"the kernel computes fp32, fp16 and bf16, query is {dtype}"
-    return why_not_device(query.device, dtype)
+    reason = why_not_device(query.device)
+    interpreted = query.device.type == "cpu" and (
+        reason is not None or os.environ.get("TRITON_INTERPRET") == "1"
+    )
+    if interpreted and dtype not in INTERPRETED_DTYPES:
+        return (
+            "no GPU, and Triton's interpreter gets bf16 wrong: it multiplies bit patterns; use fp32 or fp16"
+        )
+    return reason
 
 
-def why_not_device(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why the kernel could not run on this device in this dtype, or None where it can."""
+def why_not_device(device: torch.device | str) -> str | None:
+    """Why the kernel could not run on this device, or None where it can."""
     device = torch.device(device)
     if device.type == "cuda":
         if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -166,10 +174,6 @@ def why_not_device(device: torch.device | str, dtype: torch.dtype = torch.float3
         return None
     if device.type != "cpu":
         return f"no kernel for device type {device.type!r}"
-    if dtype not in INTERPRETED_DTYPES:
-        return (
-            "no GPU, and Triton's interpreter gets bf16 wrong: it multiplies bit patterns; use fp32 or fp16"
-        )
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "no GPU: set TRITON_INTERPRET=1 to run it in Triton's interpreter"
     return why_not_interpreter()
