@@ -38,7 +38,7 @@ def with_generator_of_the_device(draw: Callable[..., Any]) -> Callable[..., Any]
     return checked
 
 
-def refuse_all_but(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+def refuse_all_but(device: torch.device | str) -> str | None:
     return None if torch.device(device).type == "meta" else f"no GPU: tensors are on {device}"
 
 

@@ -292,12 +292,14 @@ def test_accepted_rows_serve_short_sequences_on_their_architecture_alone(
     tune.write_lines(path, {"answers": answers})
     assert [row["pass"] for row in tune.apply_rows(path)] == ["forward", "query_gradient"] * 2
     choose = _configs._choose
-    assert choose("forward", "half", 64, 400, 90) == choose("query_gradient", "half", 16, 1024, 90) == best
+    assert choose("forward", "half", 64, 400, 90, True) == best
+    assert choose("query_gradient", "half", 16, 1024, 90, True) == best
     for passname, *key in (
-        ("forward", 64, 1025, 90),
-        ("query_gradient", 16, 1025, 90),  # whose row today has no limit of its own
-        ("forward", 64, 400, 100),
-        ("key_gradient", 64, 400, 90),
+        ("forward", 64, 1025, 90, True),
+        ("forward", 64, 400, 90, False),  # what was measured had no mask, dropout or the like
+        ("query_gradient", 16, 1025, 90, True),
+        ("forward", 64, 400, 100, True),
+        ("key_gradient", 64, 400, 90, True),
     ):
         assert choose(passname, "half", *key) != best
     choose.cache_clear()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from padfree import _configs, _op
-from padfree._configs import Row
+from padfree._configs import Config, Row
 from padfree._launch import OPEN, Call, heads_last
 from padfree_bench.aot import Arch, Compiled, arch_number, compile_only
 
@@ -146,12 +146,20 @@ def table_targets(archs: tuple[Arch, ...], roads: tuple[str, ...] = ("padded",))
     for arch in archs:
         for (passname, kind, head_dim), rows in _configs.TABLE.items():
             for index, row in enumerate(rows):
-                seq = min(row.max_length, LONGEST)
-                if _configs._choose(passname, kind, head_dim, seq, arch_number(arch)) is not row.config:
-                    continue
                 for dtype in KIND_DTYPES[kind]:
                     for road in roads_of(passname, roads):
-                        yield Target(arch, passname, str(dtype).removeprefix("torch."), head_dim, index, road)
+                        target = Target(
+                            arch, passname, str(dtype).removeprefix("torch."), head_dim, index, road
+                        )
+                        if row_of(target) is row.config:
+                            yield target
+
+
+def row_of(target: Target) -> Config:
+    """What the table holds for the target's call, before `choose` narrows its steps."""
+    plain = not make_call(target).extras(target.passname)
+    length, block_d = target.seq if plain else 0, _configs.padded_head_dim(target.head_dim)
+    return _configs._choose(target.passname, target.kind, block_d, length, arch_number(target.arch), plain)
 
 
 def roads_of(passname: str, roads: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ HALF_DOT = re.compile(r"tt\.dot [^\n]*: tensor<(\d+)x(\d+)x(?:bf16|f16)")
 class Facts:
     """One kernel for one target. `stack` is bytes a thread; occupancy is CTAs a multiprocessor.
 
+    `exponents` and `fused` count exp2 and multiply-adds of the source, of one element each.
     `serialized` holds ptxas's advisories (C7510 to C7519) that wgmma instructions wait for one another.
     """
 
@@ -55,6 +56,8 @@ class Facts:
     serialized: str
     mma_sync: int
     ex2_full: int
+    exponents: int
+    fused: int
     narrow_offsets: tuple[str, ...]
     costs: Costs | None
 
@@ -122,6 +125,8 @@ def facts_of(compiled: Compiled, target: Target) -> Facts:
         serialized=compiled.serialized,
         mma_sync=len(re.findall(r"\bmma\.sync", text)),
         ex2_full=len(re.findall(r"\bex2\.approx\.f32", text)),
+        exponents=compiled.ttir.count("math.exp2"),
+        fused=compiled.ttir.count("math.fma"),
         narrow_offsets=narrow_offsets(compiled.ttir),
         costs=costs_of(compiled) if backend_of(target.arch) == "cuda" else None,
     )

@@ -168,7 +168,7 @@ def apply_rows(path: Path) -> list[Found]:
     try:
         accepted = [answer for answer in json.loads(path.read_text())["answers"] if answer["accepted"]]
         for a in reversed(accepted):
-            row = Row(Config(*a["config"]), f"measured: {path.name}", a["max_length"], (ARCH,))
+            row = Row(Config(*a["config"]), f"measured: {path.name}", a["max_length"], (ARCH,), plain=True)
             _configs.TABLE[a["pass"], a["kind"], a["head_dim"]].insert(0, row)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read tuned rows from {path}: {error}") from None

@@ -22,6 +22,7 @@ from padfree._tiles import (
     load_keep_n,
     load_lse2,
     load_tile,
+    scale_add,
 )
 
 
@@ -89,7 +90,7 @@ def attn_mask_gradient_kernel(
                     if stream is not None:
                         kept = dropout_keep(stream, m[:, None], n[None, :], dropout_p)
                         d_probs = drop(d_probs, kept, dropout_p)
-                    probs = tl.exp2(scores * factor - lse2[:, None])
+                    probs = tl.exp2(scale_add(scores, factor, -lse2[:, None]))
                     probs *= inverse[:, None]
                     total += probs * (d_probs - delta[:, None])
 

@@ -1,6 +1,6 @@
 """Launch configurations: one readable table, no timing at run time, no GPU query at import.
 
-A row is keyed by (pass, dtype kind, padded head_dim); of the rows whose `arch` and `max_length` admit the call
+A row is keyed by (pass, dtype kind, padded head_dim); of the rows whose `arch`, `max_length` and `plain` admit the call
 the first one wins, so special rows stand before general ones and the last row of a key is its fallback. An
 architecture without rows of its own takes the general ones. "There" in a reason means on the row's architectures
 under Triton 3.6.0 or 3.7.1. DESIGN.md, "Configurations", says how a row earns its place; `python -m bench tune`
@@ -27,10 +27,13 @@ class Config(NamedTuple):
 
 
 class Row(NamedTuple):
+    """A configuration, why, and the calls it is for: by length, by architecture, and with `plain` those without extras."""
+
     config: Config
     why: str
     max_length: int = ANY
     arch: tuple[int, ...] = ()
+    plain: bool = False
 
 
 Key = tuple[str, str, int]
@@ -43,6 +46,7 @@ _WIDE = "accumulators of 256 columns: narrow tiles, more warps"
 _CDNA = "a wider step spills there"
 _CDNA_FP32 = "4 warps may use 512 registers a lane there"
 _TWO_STATES = "it holds its own sum beside the scores and their gradient: half the rows"
+_H200 = "measured on an H200 (NOTES.md, 2026-11-27): a third stage hides more of the memory's latency, and of narrow tiles more fit"
 _LANES = "4096 elements of K a tile: 32 accumulators a thread"
 
 TABLE: dict[Key, list[Row]] = {
@@ -81,11 +85,13 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
     ("query_gradient", "half", 16): [
+        Row(Config(64, 32, 4, 3), _H200, 1024, (90,), plain=True),
         Row(Config(64, 32, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
         Row(Config(64, 64, 4, 2), _SHORT),
     ],
     ("query_gradient", "half", 32): [Row(Config(64, 64, 4, 2), _SHORT)],
     ("query_gradient", "half", 64): [
+        Row(Config(64, 32, 4, 3), _H200, 1024, (90,), plain=True),
         Row(Config(64, 32, 4, 2), _CDNA + " where attn_mask and dropout are given", arch=(GFX942,)),
         Row(Config(64, 32, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
         Row(Config(64, 32, 4, 2), "64 keys keep 8 bytes on the stack there", arch=(100, 103)),
@@ -104,9 +110,13 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
-    ("key_gradient", "half", 16): [Row(Config(64, 64, 4, 2), _SHORT)],
+    ("key_gradient", "half", 16): [
+        Row(Config(64, 64, 4, 3), _H200, 1024, (90,), plain=True),
+        Row(Config(64, 64, 4, 2), _SHORT),
+    ],
     ("key_gradient", "half", 32): [Row(Config(64, 64, 4, 2), _SHORT)],
     ("key_gradient", "half", 64): [
+        Row(Config(32, 64, 4, 3), _H200, 1024, (90,), plain=True),
         Row(Config(32, 64, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
         Row(Config(64, 64, 4, 2), "a third stage spills there", arch=(100, 103, GFX942)),
         Row(Config(64, 64, 4, 3), _SHORT + "; 2 stages keep 8 bytes on the stack when packed"),
@@ -222,7 +232,7 @@ def choose(
     8 warps there, although those of a 64-row tile then compute everything twice: right and rare, not fast.
     """
     length, kind = 0 if extras else length, dtype_kind(dtype)
-    config = _choose(passname, kind, padded_head_dim(head_dim), length, architecture(device))
+    config = _choose(passname, kind, padded_head_dim(head_dim), length, architecture(device), not extras)
     if not extras or passname not in WALKS:
         return config
     halvings = 2 if unaligned and extras > 1 else 1
@@ -237,9 +247,12 @@ def choose(
 
 
 @lru_cache(maxsize=1024)
-def _choose(passname: str, kind: str, block_d: int, length: int, arch: int) -> Config:
-    rows = TABLE[passname, kind, block_d]
-    return next(row.config for row in rows if length <= row.max_length and (not row.arch or arch in row.arch))
+def _choose(passname: str, kind: str, block_d: int, length: int, arch: int, plain: bool) -> Config:
+    return next(
+        row.config
+        for row in TABLE[passname, kind, block_d]
+        if length <= row.max_length and (not row.arch or arch in row.arch) and (plain or not row.plain)
+    )
 
 
 @lru_cache(maxsize=64)

@@ -23,6 +23,7 @@ from padfree._tiles import (
     load_keep_n,
     load_lse2,
     load_tile,
+    scale_add,
     sequence_rows,
     store_tile,
     visible_range,
@@ -68,7 +69,7 @@ def accumulate_dkv(
             scores, tile_factor = apply_attn_mask(scores, factor, attn_mask, IS_BIAS)
         if MASKED and (window_left is not None or window_right is not None):
             scores = hide(scores, in_window(in_n[:, None], m[None, :], n[:, None], window_left, window_right))
-        probs = tl.exp2(scores * tile_factor - lse2[None, :])
+        probs = tl.exp2(scale_add(scores, tile_factor, -lse2[None, :]))
         if inverse_ptr is not None:
             probs *= tl.load(inverse_ptr + m, mask=m < hi, other=1.0)[None, :]
         d_probs = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)

@@ -72,19 +72,28 @@ class Call:
         """No output row exists, so no kernel may be launched."""
         return self.batch == 0 or self.heads == 0 or self.max_q == 0 or self.query.shape[2] == 0
 
-    def config(self, passname: str) -> Config:
-        """The launch configuration of one pass over this call."""
-        query = self.query
-        head_dim = query.shape[3]
+    def extras(self, passname: str) -> int:
+        """How many things the pass holds in registers beside a tile of scores."""
+        head_dim = self.query.shape[3]
         wide_window = (self.left, self.right) != (OPEN, OPEN) and head_dim > 64
         # dk and dv are held across the query heads that share them
         grouped = passname == "key_gradient" and self.heads != self.kv_heads
-        # Strides have no say: another layout of the same numbers must give the same bits.
-        unaligned = head_dim % 8 != 0
-        extras = (self.attn_mask is not None) + (self.seed is not None) + (wide_window or grouped) + unaligned
-        return choose(
-            passname, query.dtype, head_dim, self.max_k, query.device, extras=extras, unaligned=unaligned
+        return (
+            (self.attn_mask is not None) + (self.seed is not None) + (wide_window or grouped) + self.unaligned
         )
+
+    @property
+    def unaligned(self) -> bool:
+        """Strides have no say: another layout of the same numbers must give the same bits."""
+        return self.query.shape[3] % 8 != 0
+
+    def config(self, passname: str) -> Config:
+        """The launch configuration of one pass over this call."""
+        query = self.query
+        return choose(
+            passname, query.dtype, query.shape[3], self.max_k, query.device,
+            extras=self.extras(passname), unaligned=self.unaligned,
+        )  # fmt: skip
 
     def _side(self, side: int) -> int | None:
         """A window side for the kernel: no farther than the longest sequence, so that positions stay in 32 bits."""

@@ -21,6 +21,7 @@ from padfree._tiles import (
     load_lse2,
     load_tile,
     refine,
+    scale_add,
     score_tile,
     sequence_rows,
     store_tile,
@@ -47,7 +48,7 @@ def accumulate_dq(
             q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
             window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN,
         )  # fmt: skip
-        probs = tl.exp2(scores * tile_factor - lse2[:, None])
+        probs = tl.exp2(scale_add(scores, tile_factor, -lse2[:, None]))
         d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         if stream is not None:
             kept = dropout_keep(stream, m[:, None], n[None, :], dropout_p)

@@ -210,6 +210,16 @@ def load_attn_mask(attn_mask_ptr, strides, m, n, in_mn, IS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def scale_add(scores, factor, addend):
+    """scores * factor + addend, rounded once.
+
+    Spelled out, because kernels must agree about a weight to the last bit: the compiler fuses a product and a sum only where
+    no change of layout comes between, which is in some kernels and not in others (NOTES.md, 2026-11-27).
+    """
+    return tl.fma(scores, tl.full(scores.shape, factor, tl.float32), tl.broadcast_to(addend, scores.shape))
+
+
+@triton.jit
 def apply_attn_mask(scores, factor, attn_mask, IS_BIAS: tl.constexpr):
     """(scores, factor) after a tile of attn_mask: a bool hides, a float is added in base 2.
 
@@ -220,7 +230,7 @@ def apply_attn_mask(scores, factor, attn_mask, IS_BIAS: tl.constexpr):
         # No maximum: on a GPU that of NaN and a number is the number, and the NaN would hide its key without a word.
         bias2 = bias * LOG2E
         bias2 = tl.where((bias2 < LOWEST) & (bias > float("-inf")), LOWEST, bias2)
-        scores = scores * factor + bias2
+        scores = scale_add(scores, factor, bias2)
         factor = 1.0
     else:
         scores = hide(scores, attn_mask == 0)
@@ -291,6 +301,6 @@ def online_softmax_step(
     if IS_FP32:
         probs = tl.exp2((scores - shift[:, None]) * factor)
     else:
-        probs = tl.exp2(scores * factor - (shift * factor)[:, None])
+        probs = tl.exp2(scale_add(scores, factor, -(shift * factor)[:, None]))
     rescale = tl.exp2((row_max - shift) * factor)
     return probs, row_max_new, row_sum * rescale + tl.sum(probs, 1), rescale

@@ -203,7 +203,8 @@ def eager_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention written with no thought of the kernel, every step rounded to query's dtype; padding must be finite.
 
-    The LSE comes from fp32 scores: it is fp32 in every dtype, and is to be that good.
+    The LSE comes from fp32 scores: it is fp32 in every dtype, and is to be that good. On a GPU its matrix units sum them
+    for fp16 and bf16, as in any kernel; those of Hopper cut the sum off after every 8 products.
     """
     visible = visible_pairs(query, key, key_padding_mask, attn_mask, window, skip_padded_queries)
     live = visible.any(-1, keepdim=True)
@@ -218,7 +219,11 @@ def eager_attention(
     )
 
     def scores_in(dtype: torch.dtype) -> Tensor:
-        scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * scale
+        scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1)
+        if query.is_cuda and dtype != query.dtype:
+            # Only the value: this product has no gradient.
+            scores = scores + (_fp32_product(query.detach(), key.detach()) - scores.detach())
+        scores = scores * scale
         return (scores if bias is None else scores + bias.to(dtype)).masked_fill(hidden, -math.inf)
 
     weights = torch.softmax(scores_in(query.dtype), dim=-1).masked_fill(~live, 0)
@@ -229,6 +234,12 @@ def eager_attention(
         return out
     lse = torch.logsumexp(scores_in(torch.promote_types(query.dtype, torch.float32)), dim=-1)
     return out, lse.masked_fill(~live[..., 0], -math.inf)
+
+
+def _fp32_product(query: Tensor, key: Tensor) -> Tensor:
+    """query @ keyᵀ of fp16 or bf16 in fp32, [B, H, M, N], by the matrix units of a GPU."""
+    flat = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
+    return flat.unflatten(0, query.shape[:2])
 
 
 def run(attention: Callable[..., Any], inputs: Inputs, **options: Any) -> Results:

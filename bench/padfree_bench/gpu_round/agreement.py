@@ -17,6 +17,9 @@ from padfree.testing import Inputs
 HALF, FP16, FLOAT = torch.bfloat16, torch.float16, torch.float32
 DTYPES = {"half": (HALF, FP16), "float": (FLOAT,)}
 SEEDS = (0, 1, 2, 3)
+# The largest of few errors is luck: of 16 draws of one fp32 case the kernel's went from 3.6e-7 to 1.2e-6, eager's from
+# 3.0e-7 to 8.4e-7 (NOTES.md, 2026-11-27). In half precision rounding the result outweighs that.
+FLOAT_SEEDS = tuple(range(8))
 Options = tuple[tuple[str, Any], ...]
 SKIP: Options = (("skip_padded_queries", True),)
 
@@ -37,7 +40,12 @@ class Case:
     attn_mask: str = ""
     form: str = "padded"
     options: Options = ()
-    seeds: tuple[int, ...] = SEEDS
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """The seeds of its inputs."""
+        return self.seeds or (FLOAT_SEEDS if self.dtype == FLOAT else SEEDS)
 
     def inputs(self, device: torch.device, seed: int) -> Inputs:
         made = testing.make_inputs(
@@ -178,7 +186,7 @@ def dropped_weights(case: Case, device: torch.device, call: Callable[..., Any]) 
 def check_case(case: Case, device: torch.device, impl: str) -> float:
     """The largest error over what the rule allows; AssertionError where it is more, or NaN in padding changes a bit."""
     call, options = call_of(case, impl), dict(case.options)
-    calls, errors = [case.inputs(device, seed) for seed in case.seeds], list[testing.Errors]()
+    calls, errors = [case.inputs(device, seed) for seed in case.draws], list[testing.Errors]()
     if "dropout_p" in options:
         dropped = dropped_weights(case, device, call)
         share = float(dropped.float().mean())

@@ -71,7 +71,7 @@ def run_item(kind: str, *args: str) -> None:
         case = (agreement.all_cases(ARCH) if kind == "case" else agreement.touching_cases())[int(args[0])]
         call = agreement.call_of(case, "triton")
         options = dict(case.options)
-        run_call(call, case.inputs(cpu, case.seeds[0]), options)
+        run_call(call, case.inputs(cpu, case.draws[0]), options)
     elif kind == "attention":
         run_peer(*args)
     elif kind == "exp2":
