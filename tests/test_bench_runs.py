@@ -312,10 +312,20 @@ class TestCommit:
         monkeypatch.setattr(machine, "_output", lambda *command: None)
         monkeypatch.setattr(machine, "CARRIED_COMMIT", tmp_path / "commit")
 
+    def carry(self, sources: str) -> None:
+        content = {"commit": "a" * 40, "clean": True, "sources": sources}
+        machine.CARRIED_COMMIT.write_text(json.dumps(content))
+
     def test_a_copy_without_history_reads_the_file_that_came_along(self) -> None:
-        machine.CARRIED_COMMIT.write_text(json.dumps({"commit": "a" * 40, "clean": True}))
+        self.carry(machine.sources_digest())
         environment = machine.environment(CPU, ["attention"])
         assert (environment["commit"], environment["commit_is_clean"]) == ("a" * 40, True)
+
+    def test_a_copy_whose_history_ends_early_reads_it_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.carry(machine.sources_digest())
+        answers = {"status": " M x", "rev-parse": "b" * 40}
+        monkeypatch.setattr(machine, "_output", lambda *command: answers[command[1]])
+        assert machine.commit() == ("a" * 40, True)
 
     @pytest.mark.parametrize("text", ["", "[]", '{"commit": "a"}'])
     def test_a_file_that_says_nothing_is_no_commit(self, text: str) -> None:
@@ -324,7 +334,7 @@ class TestCommit:
         assert machine.commit() == (None, None)
 
     def test_git_knows_better_than_a_file_from_yesterday(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        machine.CARRIED_COMMIT.write_text(json.dumps({"commit": "a" * 40, "clean": True}))
+        self.carry("of other sources")
         answers = {"status": " M x", "rev-parse": "b" * 40}
         monkeypatch.setattr(machine, "_output", lambda *command: answers[command[1]])
         assert machine.commit() == ("b" * 40, False)

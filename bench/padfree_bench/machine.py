@@ -1,5 +1,6 @@
 """Which machine and which versions: the header of every result file."""
 
+import hashlib
 import json
 import os
 import platform
@@ -16,8 +17,14 @@ import torch
 from padfree_bench.clocks import read_clocks
 
 ROOT = Path(__file__).resolve().parents[2]
-# {"commit": ..., "clean": ...}: written beside a copy of the tree that travels without its history.
+# {"commit", "clean", "sources"}: written beside a copy of the tree that travels without its history.
 CARRIED_COMMIT = ROOT / ".carry" / "commit"
+SOURCES = (
+    "kernels/padfree/*.py",
+    "model/imdb_classifier/**/*.py",
+    "bench/padfree_bench/**/*.py",
+    "bench/padfree_bench/data/*.json",
+)
 PACKAGES = (
     "torch",
     "triton",
@@ -72,18 +79,29 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """(commit, whether the tree is as committed) from PADFREE_COMMIT, git, or the file that came with a copy."""
+    """(commit, whether the tree is as committed) from PADFREE_COMMIT, the file that came with a copy, or git.
+
+    A copy may hold a history that ends before it: the file is right where it was written for these very sources.
+    """
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     clean = None if changed is None else not changed
     if told := os.environ.get("PADFREE_COMMIT"):
         return told, clean
-    if found := _output("git", "rev-parse", "HEAD"):
-        return found, clean
     try:
         carried = json.loads(CARRIED_COMMIT.read_text())
-        return str(carried["commit"]), bool(carried["clean"])
+        if carried["sources"] == sources_digest():
+            return str(carried["commit"]), bool(carried["clean"])
     except (OSError, KeyError, TypeError, ValueError):
-        return None, None
+        pass
+    return _output("git", "rev-parse", "HEAD"), clean
+
+
+def sources_digest() -> str:
+    """Of all that decides which kernels there are, what is in them and how they are measured."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in SOURCES for file in ROOT.glob(pattern)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _cpu_model() -> str:

@@ -4,7 +4,6 @@ Kernels compiled with this machine's Triton (run it where the software is the GP
 reviews with their tokens, the tokenizer, and which commit this is: all that a copy of the tree without history lacks.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,13 +14,12 @@ from pathlib import Path
 
 from padfree_bench.gpu_round.carry import pack
 from padfree_bench.gpu_round.steps import CARRY, ROOT, our_environment, worker
+from padfree_bench.machine import sources_digest
 from padfree_bench.processes import die_with_parent
 
 REVIEWS, SEED = 4000, 0
 # What a copy of the tree may weigh: files that git knows or would add, and .carry/.
 LIMIT_MIB = 64
-# What decides which kernels there are and what is in them.
-SOURCES = ("kernels/padfree/*.py", "bench/padfree_bench/**/*.py", "bench/padfree_bench/data/*.json")
 
 
 def prepare(reviews: Path | None, tokenizer: Path | None) -> int:
@@ -62,16 +60,15 @@ def _git(*arguments: str) -> str:
 
 def write_commit() -> None:
     changed = _git("status", "--porcelain", "--untracked-files=no").strip()
-    content = {"commit": _git("rev-parse", "HEAD").strip(), "clean": not changed}
+    content = {
+        "commit": _git("rev-parse", "HEAD").strip(), "clean": not changed, "sources": sources_digest()
+    }  # fmt: skip
     (CARRY / "commit").write_text(json.dumps(content) + "\n")
 
 
 def cache_folder() -> Path:
     """Where kernels of these sources are compiled; what was compiled of others is removed, so that it is not packed."""
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in SOURCES for file in ROOT.glob(pattern)):
-        digest.update(file.read_bytes())
-    folder = ROOT / "runs" / "prepared" / digest.hexdigest()[:16]
+    folder = ROOT / "runs" / "prepared" / sources_digest()
     for other in folder.parent.glob("*"):
         if other != folder:
             shutil.rmtree(other)

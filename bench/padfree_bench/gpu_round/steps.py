@@ -17,8 +17,8 @@ CARRY = ROOT / ".carry"
 PART_SECONDS = {"smoke": 240, "main": 510}
 # What the driver itself may take, beside its steps: to ask what machine this is, and to write files.
 VERSIONS_SECONDS, OVERHEAD_SECONDS = 12, 15
-# For the case that a suite is in when its minutes are over.
-GRACE_SECONDS = 12
+# For the case that a suite is in when its minutes are over: longer where a peer may be compiling, or sequences are long.
+GRACE_SECONDS, LONG_GRACE_SECONDS = 12, 30
 
 HEADLINE = ("B64-H12-D64-S400-imdb-bf16", "B64-H4-D8-S400-imdb-bf16")
 CONTROL = ("B64-H12-D64-S512-full-bf16", "B64-H4-D8-S512-full-bf16")
@@ -69,10 +69,11 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     needs_folder: Path | None = None
     result: str = ""
+    grace: int = GRACE_SECONDS
 
     def line(self, seconds: float) -> list[str]:
         """The command for a step that has this long."""
-        minutes = f"{max(seconds - GRACE_SECONDS, 6) / 60:.2f}"
+        minutes = f"{max(seconds - self.grace, 6) / 60:.2f}"
         return [part.replace("{minutes}", minutes) for part in self.command]
 
 
@@ -123,24 +124,25 @@ def main(around: Round) -> list[Step]:
     no_caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     reviews = CARRY / "reviews"
     return [
-        Step("warm", "kernels compiled side by side into one cache", 60, warm("main", around)),
-        Step("tune", "the headline's rows of the table against a dozen others", 60,
+        Step("warm", "kernels compiled side by side into one cache", 50, warm("main", around)),
+        Step("tune", "the headline's rows of the table against a dozen others", 50,
              bench("tune", "--minutes", "0.75", "--output", str(around.output))),
         Step("warm-tuned", "the headline's other kernels with the tuned rows", 20, warm("tuned", around), False, tuned),
         Step("table", "attention: headline, no padding, other heads; every peer", 100,
-             attention(around, "table", table), False, tuned, result="attention-table"),
+             attention(around, "table", table), False, tuned, result="attention-table",
+             grace=LONG_GRACE_SECONDS),
         Step("counters", "Nsight Compute on each kernel of the headline: what binds it", 30,
              worker(COUNTERS, str(around.folder)), True),
         Step("train-step", "a training step: the notebook's loop against ours", 60,
              suite(around, "train", "round", "--dtypes", "bf16"), False, tuned, result="train-round"),
         Step("epoch-padfree", f"imdb-train on reviews, {'fused' if around.on_gpu else 'SDPA in its place'}, the second of two epochs", 30, epochs("padfree", around), needs_folder=reviews),
-        Step("epoch-sdpa", "imdb-train on the same reviews, SDPA", 20, epochs("sdpa", around), needs_folder=reviews),
+        Step("epoch-sdpa", "imdb-train on the same reviews, SDPA, which plans anew for every width", 40, epochs("sdpa", around), needs_folder=reviews),
         Step("memory", "what a call holds at its peak", 20,
              suite(around, "memory", "round", "--shapes", ",".join(MEMORY), "--peers", FIRST_PEERS), result="memory-round"),
-        Step("memcheck", "compute-sanitizer memcheck, each kernel once", 25, sanitized("memcheck"), True, no_caching),
-        Step("racecheck", "compute-sanitizer racecheck, each kernel once", 30, sanitized("racecheck"), True, no_caching),
-        Step("more", "attention: fp16, fp32, long sequences", 25,
-             attention(around, "more", more, "--peers", FIRST_PEERS), result="attention-more"),
+        Step("memcheck", "compute-sanitizer memcheck, each kernel once", 20, sanitized("memcheck"), True, no_caching),
+        Step("racecheck", "compute-sanitizer racecheck, each kernel once", 20, sanitized("racecheck"), True, no_caching),
+        Step("more", "attention: fp16, fp32, long sequences", 40,
+             attention(around, "more", more, "--peers", FIRST_PEERS), result="attention-more", grace=LONG_GRACE_SECONDS),
     ]  # fmt: skip
 
 
