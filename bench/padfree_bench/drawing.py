@@ -93,12 +93,12 @@ def save_figure(figure: Any, stem: Path) -> Path:
     return stem.with_name(stem.name + ".svg")
 
 
-def label_decades(axes: Any) -> None:
-    """1, 2 and 5 of every decade on a logarithmic y axis in plain figures; the decades alone where there are many."""
-    low, high = axes.get_ylim()
+def label_decades(axis: Any) -> None:
+    """1, 2 and 5 of every decade on a logarithmic axis in plain figures; the decades alone where there are many."""
+    low, high = axis.get_view_interval()
     subs = (1, 2, 5) if high < 300 * low else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value / 1e6:,g} M" if value >= 1e6 else f"{value:,g}")
     )
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_minor_formatter(NullFormatter())

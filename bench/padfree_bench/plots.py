@@ -140,7 +140,7 @@ def _sweep_figure(result: Result, sweep: Sweep, panels: dict[str, list[Row]], dt
         for peer in order:
             _peer(axes, sweep, [row for row in rows if row.peer == peer], ticks, order)
         axes.set(xlabel=sweep.x_label, ylabel=sweep.y_label, yscale="log")
-        label_decades(axes)
+        label_decades(axes.yaxis)
         axes.set_title(direction, fontsize=10)
         if sweep.log_x:
             axes.set_xscale("log", base=2)

@@ -84,6 +84,7 @@ def figure(result: Result, dtype: str) -> Any:
     for index, dim in enumerate(dims):
         axes.scatter([], [], s=18, color="#57606a", marker=MARKERS[index % len(MARKERS)], label=f"D{dim}")
     axes.set(xscale="log", yscale="log", xlabel="useful FLOP / byte", ylabel="useful TFLOP/s")
-    label_decades(axes)
+    label_decades(axes.xaxis)
+    label_decades(axes.yaxis)
     add_legend(drawn)
     return drawn
