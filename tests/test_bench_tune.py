@@ -107,8 +107,8 @@ def test_a_shortlist_holds_the_current_row_and_the_best_of_every_tile() -> None:
     found[2]["refused"] = "16 bytes on the stack"
     kept = tune_candidates.shortlist(current, found)
     tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (64, 32, 4)]
-    first, second = [Config(*tile, 2) for tile in tiles], [Config(*tile, 3) for tile in tiles]
-    second[0] = Config(64, 64, 4, 1)
+    first, second = [Config(*tile, 3) for tile in tiles], [Config(*tile, 4) for tile in tiles]
+    first[0], second[0] = Config(64, 64, 4, 4), Config(64, 64, 4, 2)  # the current row is not offered twice
     assert [row["config"] for row in kept[:9]] == [current, *first, *second]
     assert len(kept) == tune_candidates.MOST
     assert kept[0]["reason"] == "current row; 16 bytes on the stack" and "refused" not in kept[0]

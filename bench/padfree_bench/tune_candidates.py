@@ -45,8 +45,9 @@ MOST, SLOWEST = 12, 1.3
 COMPILE_SECONDS = 20
 # (rows that a program owns, rows of a step that it walks in): wgmma wants 64 rows.
 TILES = ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (32, 64))
-# The model does not see the latency that a pipeline hides: depths in the order in which they are worth a try.
-WARPS, STAGES = (4, 8), (2, 3, 1, 4)
+# The model does not see the latency that a pipeline hides: depths in the order in which they are worth a try. On an H200 a
+# third stage was worth 10 to 16 % of a launch (NOTES.md, 2026-11-27).
+WARPS, STAGES = (4, 8), (3, 4, 2, 1)
 
 Found = dict[str, Any]
 
