@@ -65,7 +65,8 @@ def _sources(results: list[tuple[str, Result]]) -> str:
     used = [(folder, result) for folder, result in results if _lines(result)]
     sources = (
         f"`{result.environment['command']}` (torch {result.environment['versions']['torch']}, "
-        f"commit {str(result.environment.get('commit'))[:10]}, `bench/results/{folder}/{result.suite}.json`)"
+        f"commit {str(result.environment.get('commit'))[:10]}"
+        f"{' with changes' if result.environment.get('commit_is_clean') is False else ''}, `bench/results/{folder}/{result.suite}.json`)"
         for folder, result in used
     )
     skips = any(f"**{name} " in line for _, result in used for line in _lines(result) for name in SKIPS)

@@ -101,8 +101,19 @@ def standing(rows: list[Row]) -> Standing | None:
         {peer: times[peer] / least for peer in sorted(times, key=lambda peer: times[peer])},
         ours,
         by_name[baseline],
-        by_name[min(ratios, key=lambda peer: ratios[peer])],
+        # By its shortest time and not by ratio: one without a graph is held against our own call, host and all.
+        by_name[
+            min(
+                ratios,
+                key=lambda peer: shortest(by_name[peer]) / shortest(beside[by_name[peer].wave] or reference),
+            )
+        ],
     )
+
+
+def shortest(row: Row) -> float:
+    """Milliseconds as a graph where there is one, else of a call."""
+    return row.graph_ms or row.ms_p50 or float("inf")
 
 
 def ratio(row: Row, ours: Row) -> float:
