@@ -181,7 +181,6 @@ CORNERS = {
         ("query_gradient", 90, "float32", 16, "bias", "sixteens"): 8,
         ("query_gradient", 90, "float32", 16, "everything", "ones"): 24,
         ("key_gradient", 90, "float32", 16, "grouped", "sixteens"): 8,
-        ("key_gradient", 90, "float32", 64, "bias", "sixteens"): 8,
         ("key_gradient", 100, "float32", 64, "everything", "sixteens"): 24,
         ("attn_mask_gradient", 90, "bfloat16", 64, "everything", "neither"): 24,
         ("attn_mask_gradient", 90, "float32", 64, "everything", "neither"): 16,
