@@ -55,6 +55,17 @@ class TestConclusion:
         assert start < html.index("<table"), "the conclusion stands before every table"
         return words(html[start : html.index("<section id='legend'")])
 
+    def test_what_wins_as_a_graph_and_loses_as_a_call_says_so(self) -> None:
+        def as_graph(peer: str, ms: float, graph: float) -> Row:
+            return replace(a_row(peer, ms), graph_p20=graph, graph_ms=graph, graph_p80=graph)
+
+        said = self.said(as_graph("padfree-skip", 0.8, 0.07), as_graph("sdpa", 0.272, 0.27))
+        assert "padfree-skip is the fastest at 0.07 ms (as a graph)" in said
+        assert "launched by itself, host included, it loses: 0.8 ms, sdpa 0.272" in said
+        assert "Of those won as a graph 1 are lost where each call is launched by itself." in said
+        said = self.said(as_graph("padfree-skip", 0.2, 0.07), as_graph("sdpa", 0.272, 0.27))
+        assert "loses" not in said and "lost where each call" not in said
+
     def test_who_won_and_by_how_much_comes_first(self) -> None:
         said = self.said(a_row("padfree-skip", 1.0), a_row("sdpa", 3.0), a_row("sdpa-cudnn", 2.0))
         assert "B64 H12 D64 S400, IMDB lengths, bf16, forward: padfree-skip is the fastest at 1 ms" in said

@@ -264,6 +264,19 @@ DOUBTFUL = {
 }
 
 
+def test_files_whose_names_say_no_split_are_named_and_not_read(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", ROWS)
+    for name in ("train (1).csv", "train2.csv", "IMDB Dataset.csv", "reviews.tsv", ".hidden.csv", "notes.md"):
+        write_csv(tmp_path / name, ROWS)
+    reading = Reading()
+    assert len(read_source([str(tmp_path)], reading)["train"]) == len(ROWS)
+    assert any(
+        note
+        == "not read, since the name says no split: IMDB Dataset.csv, reviews.tsv, train (1).csv and 1 more"
+        for note in reading.notes
+    ), reading.notes
+
+
 @pytest.mark.parametrize("kind", DOUBTFUL)
 def test_files_that_could_each_be_the_split_are_refused_unless_they_are_named(
     kind: str, tmp_path: Path

@@ -69,21 +69,23 @@ def _padfree(kind: str, results: list[Result], last: list[Result]) -> str:
     if not any(_has_figure(row) for row in rows):
         reasons = "; ".join(dict.fromkeys(row.reason for row in rows if row.reason)) or "it took no part"
         return f"<p><strong>padfree: not run on a {kind}.</strong> {escape(reasons)}.</p>"
-    outcomes = [
-        found.outcome
-        for result in last
-        for found in standings(result)
-        if found.ours and "padfree" in found.ours.peer
+    ours = [
+        found for result in last for found in standings(result) if found.ours and "padfree" in found.ours.peer
     ]
+    outcomes = [found.outcome for found in ours]
     if not outcomes:
         return ""
+    launched = sum(1 for found in ours if found.outcome == "won" and _as_launched(found))
     counts = ", ".join(
         f"{outcomes.count(outcome)} {words}"
         for outcome, words in (("won", "won"), ("level", "level within the spread"), ("lost", "lost"))
     )
-    return (
-        f"<p><strong>padfree against the best other</strong>, every timed case and direction: {counts}.</p>"
+    host = (
+        f" Of those won as a graph {launched} are lost where each call is launched by itself."
+        if launched
+        else ""
     )
+    return f"<p><strong>padfree against the best other</strong>, every timed case and direction: {counts}.{host}</p>"
 
 
 def _has_figure(row: Row) -> bool:
@@ -121,7 +123,22 @@ def _winner(found: Standing) -> str:
             said.append(f"the next best, {name(rival)}, takes {times(rival)}")
     if found.baseline not in (first, fastest, rival):
         said.append(f"{name(found.baseline)} takes {times(found.baseline)}")
+    if found.outcome != "lost" and (slower := _as_launched(found)):
+        said.append(slower)
     return "; ".join(said) + "."
+
+
+def _as_launched(found: Standing) -> str:
+    """Where ours loses to the baseline or the best other once the host has to issue each call: by how much; else ""."""
+    if found.ours is None or not found.ours.graph_ms:
+        return ""
+    other = min((found.baseline, found.best), key=lambda row: row.ms_p50 or float("inf"))
+    if (found.ours.ms_p20 or 0.0) <= (other.ms_p80 or float("inf")):
+        return ""
+    return (
+        f"launched by itself, host included, it <strong class='lost'>loses</strong>: {found.ours.ms_p50:.4g} ms, "
+        f"{escape(other.peer)} {other.ms_p50:.4g}"
+    )
 
 
 def _time(row: Row) -> str:

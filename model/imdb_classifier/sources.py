@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import datasets
 
 MOVIE_REVIEWS = "movie-reviews"
+# Of files that are not read, how many a note names.
+NAMED = 3
 SPLIT_OF_STEM = {
     "train": "train",
     "validation": "validation",
@@ -61,7 +63,7 @@ def _read_named(names: Sequence[str], reading: Reading) -> dict[str, Split]:
     if len(paths) > 1:
         return _read_by_split(paths, reading)
     if paths[0].is_dir() and not is_labelled_folder(paths[0]):
-        return _read_by_split(_find_files(paths[0]), reading)
+        return _read_by_split(_find_files(paths[0], reading), reading)
     return {"train": read_file(paths[0], reading)}
 
 
@@ -77,24 +79,28 @@ def _looks_like_path(name: str) -> bool:
     )
 
 
-def _find_files(folder: Path) -> list[Path]:
-    """What is named by split, at the top or, as in a clone of the Hub's set, one level down.
+def _find_files(folder: Path, reading: Reading) -> list[Path]:
+    """What is named by split, at the top or, as in a clone of the Hub's set, one level down; a note names what is not.
 
     Raises:
         UserError: there is nothing, or it does not say which files make up a split.
     """
     for pattern in ("*", "*/*"):
-        visible = (
+        visible = sorted(
             path for path in folder.glob(pattern) if not any(map(is_hidden, path.relative_to(folder).parts))
         )
-        files = sorted(path for path in visible if _split_of(path) is not None)
+        files = [path for path in visible if _split_of(path) is not None]
+        others = [path.name for path in visible if _split_of(path) is None and form_of(path) is not None]
         if files:
+            if others:
+                more = f" and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
+                reading.note(f"not read, since the name says no split: {', '.join(others[:NAMED])}{more}")
             for name in dict.fromkeys(SPLIT_OF_STEM.values()):
                 _check_parts(name, [path for path in files if _split_of(path) == name])
             return files
     raise UserError(
         f"{folder}: holds no data, expected files named train*, validation* or test* ending in {EXPECTED_NAMES}, "
-        "or folders of these names with pos and neg in them"
+        "or folders of these names with pos and neg in them; a file of another name can be named itself"
     )
 
 
