@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,14 @@ def test_resuming_a_finished_run_changes_nothing_and_more_epochs_go_on(
 
 @pytest.fixture
 def ranked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Arrange the validation accuracy of each epoch, so that a test knows which one is the best."""
+    """Arrange each epoch's accuracy, and its loss where one is given, so that a test knows which one is the best."""
     original = training.evaluate_split
 
-    def arrange(*accuracies: float) -> None:
+    def arrange(*accuracies: float, losses: Sequence[float] = ()) -> None:
         def evaluate_split(run: training.Run, name: str) -> inference.Evaluation:
-            result = original(run, name)
-            return dataclasses.replace(result, accuracy=accuracies[run.state.position.epoch])
+            result, epoch = original(run, name), run.state.position.epoch
+            loss = losses[epoch] if losses else result.loss
+            return dataclasses.replace(result, accuracy=accuracies[epoch], loss=loss)
 
         monkeypatch.setattr(training, "evaluate_split", evaluate_split)
 
@@ -137,6 +138,17 @@ def test_a_run_killed_between_its_last_save_and_the_links_is_settled_when_resume
     assert train.main(train_arguments(dataset, run, *three, "--resume")) == 0
     assert_same_run(run, tmp_path / "undisturbed")
     assert checkpoint.positions(run) == checkpoint.positions(tmp_path / "undisturbed")
+
+
+def test_of_epochs_equal_in_accuracy_the_one_of_the_lowest_validation_loss_is_chosen(
+    dataset: Path, tmp_path: Path, ranked: Callable[..., None], capsys: pytest.CaptureFixture
+) -> None:
+    # A few validation reviews give the same accuracy to a model that learned nothing yet and to one that did.
+    ranked(0.75, 1.0, 1.0, losses=(0.6, 0.5, 0.05))
+    run = tmp_path / "run"
+    assert train.main(train_arguments(dataset, run, "--epochs", "3")) == 0
+    assert "chosen on validation: epoch 3" in capsys.readouterr().out
+    assert (run / "best").resolve().name == checkpoint.Position(3).folder_name
 
 
 @pytest.mark.parametrize("harm", ["damaged", "deleted"])

@@ -116,7 +116,7 @@ def test_a_run_says_what_ran_and_leaves_metrics_plot_and_tensorboard(
     assert chosen is not None
     epochs = [record for record in log_without_clock(run) if "epoch/number" in record]
     assert [record["epoch/number"] for record in epochs] == [1, 2]
-    best = max(epochs, key=lambda record: record["epoch/validation_accuracy"])
+    best = max(epochs, key=lambda r: (r["epoch/validation_accuracy"], -r["epoch/validation_loss"]))
     assert best["epoch/number"] == int(chosen[1])
     assert f"{best['epoch/test_accuracy']:.4f}" == chosen[3]
     assert (run / "best").resolve().name == checkpoint.Position(int(chosen[1])).folder_name

@@ -9,6 +9,7 @@ far. On a GPU that holds as far as its kernels repeat. The TensorBoard log may s
 import dataclasses
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +178,7 @@ def finish_epoch(run: Run) -> None:
     best = state.best_record
     state.history.append(record)
     state.position = Position(epoch + 1)
-    if best is None or validation.accuracy > best["validation_accuracy"]:
+    if best is None or merit(record) > merit(best):
         state.best = state.position
     state.loss_sum, state.correct, state.seen = 0.0, 0, 0
     ended = time.monotonic()
@@ -281,11 +282,16 @@ def restore(run: Run, folder: Path) -> None:
         checkpoint.settle(run.folder, run.state.position, run.state.best)
 
 
+def merit(record: Mapping[str, Any]) -> tuple[float, float]:
+    """What the best epoch has most of: validation accuracy and, where that is equal, as on few reviews, the lower loss."""
+    return record["validation_accuracy"], -record["validation_loss"]
+
+
 def choose_best_again(run: Run) -> None:
     """Among the epochs whose checkpoints are intact: the best one may be damaged, or deleted before a step back."""
     lost = run.state.best
     run.state.best = None
-    for record in sorted(run.state.history, key=lambda record: -record["validation_accuracy"]):
+    for record in sorted(run.state.history, key=merit, reverse=True):
         position = Position(record["number"])
         if checkpoint.is_intact(run.folder / checkpoint.CHECKPOINTS / position.folder_name):
             run.state.best = position
