@@ -303,10 +303,8 @@ class TestGraphsInReadme:
     def test_the_best_other_is_not_one_that_our_host_time_makes_look_good(self) -> None:
         rows = [a_row("padfree", 0.8, 0.07), a_row("sdpa", 0.272, 0.27), a_row("varlen_attn+pack", 1.9)]
         table = readme.table([("gpu", result_of("GPU", "now", rows))])
-        assert (
-            "| sdpa 0.272 ms, graph 0.27 | sdpa 0.272 ms, graph 0.27 |" in table
-            and "| 3.86x | 3.86x |" in table
-        )
+        assert "| sdpa 0.272 ms, graph 0.27 | sdpa 0.272 ms, graph 0.27 |" in table
+        assert "| 3.86x | 3.86x |" in table
 
     def test_an_upper_bound_stays_out(self) -> None:
         rows = [a_row("padfree", 1.0), a_row("sdpa", 2.0), replace(a_row("flash", 0.5), status=UPPER_BOUND)]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 KERNEL = partial(padfree.attention_varlen, impl="triton")
 REFERENCE = partial(padfree.attention_varlen, impl="reference")
 # fp32 with scores of size 1: rounding leaves 1e-6, a row or key too many or too few 1e-1.
-close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
+assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def test_kernel_and_reference_agree_with_each_sequence_alone(call: Packed) -> No
         leaves = [x.clone().requires_grad_() for x in inputs]
         got = with_gradients(*attend(*leaves, *arguments, window=call.window, return_lse=True), leaves, d_out)
         for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, strict=True):
-            close(one, other.float(), msg=partial("{} {}: {}".format, attend.keywords, name))
+            assert_close(one, other.float(), msg=partial("{} {}: {}".format, attend.keywords, name))
 
 
 @given(packed_calls(self_attention=True))
@@ -129,4 +129,4 @@ def test_a_fused_buffer_agrees_with_its_reference(call: Packed) -> None:
         )
         results.append(with_gradients(out, lse, [qkv], d_out))
     for one, other in zip(*results, strict=True):
-        close(one, other)
+        assert_close(one, other)

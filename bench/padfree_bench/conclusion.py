@@ -75,7 +75,7 @@ def _padfree(kind: str, results: list[Result], last: list[Result]) -> str:
     outcomes = [found.outcome for found in ours]
     if not outcomes:
         return ""
-    launched = sum(1 for found in ours if found.outcome == "won" and _as_launched(found))
+    launched = sum(found.outcome == "won" and found.faster_call is not None for found in ours)
     counts = ", ".join(
         f"{outcomes.count(outcome)} {words}"
         for outcome, words in (("won", "won"), ("level", "level within the spread"), ("lost", "lost"))
@@ -123,22 +123,12 @@ def _winner(found: Standing) -> str:
             said.append(f"the next best, {name(rival)}, takes {times(rival)}")
     if found.baseline not in (first, fastest, rival):
         said.append(f"{name(found.baseline)} takes {times(found.baseline)}")
-    if found.outcome != "lost" and (slower := _as_launched(found)):
-        said.append(slower)
+    if found.ours and found.outcome != "lost" and (other := found.faster_call):
+        said.append(
+            f"launched by itself, host included, it <strong class='lost'>loses</strong>: {found.ours.ms_p50:.4g} ms, "
+            f"{escape(other.peer)} {other.ms_p50:.4g}"
+        )
     return "; ".join(said) + "."
-
-
-def _as_launched(found: Standing) -> str:
-    """Where ours loses to the baseline or the best other once the host has to issue each call: by how much; else ""."""
-    if found.ours is None or not found.ours.graph_ms:
-        return ""
-    other = min((found.baseline, found.best), key=lambda row: row.ms_p50 or float("inf"))
-    if (found.ours.ms_p20 or 0.0) <= (other.ms_p80 or float("inf")):
-        return ""
-    return (
-        f"launched by itself, host included, it <strong class='lost'>loses</strong>: {found.ours.ms_p50:.4g} ms, "
-        f"{escape(other.peer)} {other.ms_p50:.4g}"
-    )
 
 
 def _time(row: Row) -> str:

@@ -61,6 +61,14 @@ class Standing:
             return ""
         return "level" if self.level else "won" if self.fastest is self.ours else "lost"
 
+    @property
+    def faster_call(self) -> Row | None:
+        """The baseline or best other that beats ours once the host issues each call, where ours has a graph; else None."""
+        if self.ours is None or not self.ours.graph_ms:
+            return None
+        other = min((self.baseline, self.best), key=lambda row: row.ms_p50 or float("inf"))
+        return other if (self.ours.ms_p20 or 0.0) > (other.ms_p80 or float("inf")) else None
+
     def times_of(self, row: Row, base: Row) -> float:
         """How many times as long as `base` a row took."""
         return self.times[row.peer] / self.times[base.peer]

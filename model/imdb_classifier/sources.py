@@ -89,14 +89,15 @@ def _find_files(folder: Path, reading: Reading) -> list[Path]:
         visible = sorted(
             path for path in folder.glob(pattern) if not any(map(is_hidden, path.relative_to(folder).parts))
         )
-        files = [path for path in visible if _split_of(path) is not None]
-        others = [path.name for path in visible if _split_of(path) is None and form_of(path) is not None]
+        split_of = {path: _split_of(path) for path in visible}
+        files = [path for path in visible if split_of[path] is not None]
         if files:
+            others = [path.name for path in visible if split_of[path] is None and form_of(path) is not None]
             if others:
                 more = f" and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
                 reading.note(f"not read, since the name says no split: {', '.join(others[:NAMED])}{more}")
             for name in dict.fromkeys(SPLIT_OF_STEM.values()):
-                _check_parts(name, [path for path in files if _split_of(path) == name])
+                _check_parts(name, [path for path in files if split_of[path] == name])
             return files
     raise UserError(
         f"{folder}: holds no data, expected files named train*, validation* or test* ending in {EXPECTED_NAMES}, "
