@@ -9,15 +9,15 @@ import functools
 import pytest
 import torch
 
-from padfree_bench.attention import fill_speed, peers_for
-from padfree_bench.cases import DIRECTIONS, Case, quick_cases
-from padfree_bench.ceilings import measure_ceilings
-from padfree_bench.check import Truth, compute_truth
-from padfree_bench.contenders import MAKE_CALL, admit, start_row
-from padfree_bench.inputs import Inputs, make_inputs
-from padfree_bench.machine import pick_device
+from padfree_bench.measuring.cases import DIRECTIONS, Case, quick_cases
+from padfree_bench.measuring.ceilings import measure_ceilings
+from padfree_bench.measuring.check import Truth, compute_truth
+from padfree_bench.measuring.inputs import Inputs, make_inputs
+from padfree_bench.measuring.machine import pick_device
+from padfree_bench.measuring.timing import synchronize
 from padfree_bench.peers import PEERS
-from padfree_bench.timing import synchronize
+from padfree_bench.suites.attention import fill_speed, peers_for
+from padfree_bench.suites.contenders import MAKE_CALL, admit, start_row
 
 DEVICE = pick_device()
 CASES = quick_cases(DEVICE.type)

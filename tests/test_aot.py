@@ -22,14 +22,16 @@ from typing import Any
 import pytest
 import triton
 
-from padfree._configs import TABLE
-from padfree_bench.aot import ARCHS, Arch
-from padfree_bench.aot_calls import KERNELS, ROADS, SHAPES, Target, roads_of, table_targets
-from padfree_bench.aot_facts import ATOMICS, narrow_offsets
-from padfree_bench.compile_report import ROAD_HEAD_DIMS
+from padfree._triton.configs import TABLE
+from padfree_bench.compiled.aot import ARCHS, Arch
+from padfree_bench.compiled.aot_calls import KERNELS, ROADS, SHAPES, Target, roads_of, table_targets
+from padfree_bench.compiled.aot_facts import ATOMICS, narrow_offsets
+from padfree_bench.compiled.compile_report import ROAD_HEAD_DIMS
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*ROOT.glob("kernels/padfree/_*.py"), *ROOT.glob("bench/padfree_bench/aot*.py")])
+SOURCES = sorted(
+    [*ROOT.glob("kernels/padfree/_triton/*.py"), *ROOT.glob("bench/padfree_bench/compiled/*.py")]
+)
 PASSES = tuple(KERNELS)
 # {version: a folder that holds it, or None for the installed one}
 COMPILERS = {
@@ -82,7 +84,7 @@ def run_compiler(question: str, version: str, kernels: Path) -> str:
     paths = [kernels, ROOT / "bench", *([folder] if folder else [])]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     done = subprocess.run(
-        [sys.executable, "-m", "padfree_bench.aot_facts"],
+        [sys.executable, "-m", "padfree_bench.compiled.aot_facts"],
         input=question, capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -268,7 +270,7 @@ def test_no_wgmma_waits_for_the_one_before_it(facts: list[dict[str, Any]]) -> No
 def test_a_planted_branch_around_the_products_is_found(version: str, tmp_path: Path) -> None:
     # It leaves out edge tiles in which no key is visible: what a padded batch would seem to want.
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    source = tmp_path / "kernels/padfree/_forward.py"
+    source = tmp_path / "kernels/padfree/_triton/forward.py"
     head, products, tail = re.split(
         r"(?=        scores, tile_factor)|(?=    return acc, row_max, row_sum\n)",
         source.read_text(),

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import padfree
-from padfree import _configs
 from padfree._checks import KERNEL_DTYPES
-from padfree._configs import TABLE
+from padfree._triton import configs
+from padfree._triton.configs import TABLE
 from padfree.testing import (
     PADDING_PATTERNS,
     Inputs,
@@ -170,9 +170,9 @@ CONFIGS = sorted(
 @pytest.mark.parametrize("passname, kind, config", CONFIGS, ids=lambda part: str(part).removeprefix("Config"))
 def test_every_configuration_of_the_table_is_exact(passname, kind, config, device, judge, monkeypatch):
     """Forced on a shape it was not chosen for: its tile may be larger or smaller than the sequence."""
-    choose = _configs._choose
+    choose = configs._choose
     monkeypatch.setattr(
-        _configs, "_choose", lambda name, *key: config if name == passname else choose(name, *key)
+        configs, "_choose", lambda name, *key: config if name == passname else choose(name, *key)
     )
     dtype = torch.float32 if kind == "float" else torch.float16
     queries = 1 if passname == "single_query" else 35
@@ -195,5 +195,5 @@ def test_the_table_answers_every_dtype_head_dim_and_length():
         for dtype in KERNEL_DTYPES:
             for head_dim in range(1, 257):
                 for length in (1, 400, 1024, 1025, 1 << 20):
-                    config = _configs.choose(passname, dtype, head_dim, length, torch.device("cpu"))
+                    config = configs.choose(passname, dtype, head_dim, length, torch.device("cpu"))
                     assert min(config) >= 1

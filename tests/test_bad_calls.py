@@ -13,12 +13,12 @@ from bad_calls import BAD_CALLS, DOORS, BadCall
 @pytest.fixture
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reaching the launcher fails the test, compiled or interpreted."""
-    from padfree import _op
+    from padfree._triton import operators
 
     def launched(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a wrong call reached the launcher")
 
-    monkeypatch.setattr(_op, "launch_forward", launched)
+    monkeypatch.setattr(operators, "launch_forward", launched)
 
 
 @pytest.mark.usefixtures("no_launch")

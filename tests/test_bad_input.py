@@ -11,8 +11,9 @@ import pytest
 
 from bad_files import FILE_FAULTS, STRICT_FAULTS
 from bad_sources import SOURCE_FAULTS
-from imdb_classifier import checkpoint, evaluate, predict, train
-from imdb_classifier.sources import read_source
+from imdb_classifier.checkpoints import checkpoint
+from imdb_classifier.commands import evaluate, predict, train
+from imdb_classifier.data.sources import read_source
 from tiny_reviews import train_arguments, write_reviews
 
 
@@ -154,7 +155,7 @@ def make_broken_tokenizer(folder: Path) -> list[str]:
 
 
 def make_tokenizer_without(folder: Path, **removed: None) -> list[str]:
-    from imdb_classifier.tokenization import train_tokenizer
+    from imdb_classifier.data.tokenization import train_tokenizer
 
     tokenizer = train_tokenizer(["a good film", "a bad film"], 60, 24)
     if "class_token" in removed:

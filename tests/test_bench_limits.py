@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from padfree_bench import tune
 from padfree_bench.gpu_round import warm
 from padfree_bench.gpu_round.steps import ROOT
-from padfree_bench.processes import run_limited
-from padfree_bench.timing import Effort, _repetitions
+from padfree_bench.measuring.processes import run_limited
+from padfree_bench.measuring.timing import Effort, _repetitions
+from padfree_bench.tuning import tune
 
 PARENT = """
 import subprocess, sys
@@ -69,7 +69,7 @@ def test_minutes_that_mean_nothing_are_refused() -> None:
 
 def test_told_to_stop_it_leaves_nothing_running() -> None:
     program = (
-        "from padfree_bench.processes import *; stop_on_sigterm();"
+        "from padfree_bench.measuring.processes import *; stop_on_sigterm();"
         "run_limited([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(3600)'], 60)"
     )
     folders = [str(ROOT / folder) for folder in ("kernels", "bench")]

@@ -11,19 +11,20 @@ import pytest
 import torch
 
 import padfree
-from padfree_bench import attention, cli
-from padfree_bench.attention import run_case
-from padfree_bench.cases import HEADS, Case, choose_cases, cpu_groups, gpu_groups, parse_case
-from padfree_bench.ceilings import Ceilings, Work, work
-from padfree_bench.check import compute_truth
-from padfree_bench.contenders import admit
-from padfree_bench.inputs import make_inputs
-from padfree_bench.lengths import imdb_histogram, imdb_lengths, make_lengths
+from padfree_bench import cli
+from padfree_bench.measuring.cases import HEADS, Case, choose_cases, cpu_groups, gpu_groups, parse_case
+from padfree_bench.measuring.ceilings import Ceilings, Work, work
+from padfree_bench.measuring.check import compute_truth
+from padfree_bench.measuring.inputs import make_inputs
+from padfree_bench.measuring.lengths import imdb_histogram, imdb_lengths, make_lengths
+from padfree_bench.measuring.profiling import peak_bytes
+from padfree_bench.measuring.results import FAULT, NOT_RUN, OK, UPPER_BOUND, Row, load
+from padfree_bench.measuring.timing import Effort, Sample, measure
 from padfree_bench.peers import PEERS, Peer, choose_peers
 from padfree_bench.peers.base import Prepared, Refused, padded
-from padfree_bench.profiling import peak_bytes
-from padfree_bench.results import FAULT, NOT_RUN, OK, UPPER_BOUND, Row, load
-from padfree_bench.timing import Effort, Sample, measure
+from padfree_bench.suites import attention
+from padfree_bench.suites.attention import run_case
+from padfree_bench.suites.contenders import admit
 
 CPU = torch.device("cpu")
 SMALL = Case(3, 2, 8, 40, "fp32", "pad50")
@@ -131,7 +132,9 @@ class TestCases:
 class TestTruth:
     def test_it_equals_the_reference_differentiated_in_fp64(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # Chunks of a few rows, so that the sums over chunks are exercised.
-        monkeypatch.setitem(__import__("padfree_bench.inputs", fromlist=["x"]).CHUNK_ELEMENTS, "cpu", 300)
+        monkeypatch.setitem(
+            __import__("padfree_bench.measuring.inputs", fromlist=["x"]).CHUNK_ELEMENTS, "cpu", 300
+        )
         inputs = make_inputs(SMALL, CPU)
         leaves = [x.double().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
         out = padfree.reference(*leaves, inputs.padding)

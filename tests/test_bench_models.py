@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from padfree_bench import encoder, hf, train
-from padfree_bench.models import Batch, Built, ModelCase, ModelPeer, run_model_case
-from padfree_bench.results import OK, Result
-from padfree_bench.session import Session
-from padfree_bench.timing import Effort
+from padfree_bench.measuring.results import OK, Result
+from padfree_bench.measuring.timing import Effort
+from padfree_bench.suites import encoder, hf, train
+from padfree_bench.suites.models import Batch, Built, ModelCase, ModelPeer, run_model_case
+from padfree_bench.suites.session import Session
 
 SESSION = cast(
     Session,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from padfree_bench import page, plots, report
-from padfree_bench.results import FAULT, NOT_RUN, OK, UPPER_BOUND, Result, Row, save
+from padfree_bench.measuring.results import FAULT, NOT_RUN, OK, UPPER_BOUND, Result, Row, save
+from padfree_bench.reports import page, plots, report
 
 NO_GPU = "no GPU: padfree's kernel did not run"
 CASE = "B64-H12-D64-S400-imdb-bf16"

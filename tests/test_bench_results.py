@@ -12,16 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from padfree_bench import attention, cli, readme, report
-from padfree_bench.cases import Case
-from padfree_bench.compare import changes, main
-from padfree_bench.contenders import admit
-from padfree_bench.drawing import not_run
-from padfree_bench.inputs import make_inputs
+from padfree_bench import cli
+from padfree_bench.measuring.cases import Case
+from padfree_bench.measuring.inputs import make_inputs
+from padfree_bench.measuring.results import (
+    FAULT,
+    NOT_RUN,
+    OK,
+    Result,
+    Row,
+    from_json,
+    load,
+    markdown,
+    save,
+    to_json,
+)
+from padfree_bench.measuring.timing import Effort, measure
 from padfree_bench.peers import Peer
-from padfree_bench.results import FAULT, NOT_RUN, OK, Result, Row, from_json, load, markdown, save, to_json
-from padfree_bench.session import first_line
-from padfree_bench.timing import Effort, measure
+from padfree_bench.reports import readme, report
+from padfree_bench.reports.compare import changes, main
+from padfree_bench.reports.drawing import not_run
+from padfree_bench.suites import attention
+from padfree_bench.suites.contenders import admit
+from padfree_bench.suites.session import first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ import padfree
 from padfree_bench import cli
 from padfree_bench.gpu_round import agreement, checks, counters, driver, steps
 from padfree_bench.gpu_round.steps import OVERHEAD_SECONDS, PART_SECONDS, PARTS, VERSIONS_SECONDS, Round, Step
-from padfree_bench.session import refuse_to_replace
+from padfree_bench.suites.session import refuse_to_replace
 from test_bench_limits import is_running
 
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ driver.look_around = lambda _: (around, {"device": "stand-in", "device_type": "c
 driver.run_part("smoke", output, output / "back.tar.gz", None)
 """
 GRANDCHILD = (
-    "import os, subprocess, sys; from padfree_bench.processes import die_with_parent;"
+    "import os, subprocess, sys; from padfree_bench.measuring.processes import die_with_parent;"
     "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], preexec_fn=die_with_parent);"
     "print(os.getpid(), child.pid, flush=True); child.wait()"
 )
@@ -321,7 +321,7 @@ def test_a_cache_that_is_broken_costs_no_more_than_its_absence(
 
 
 def test_every_row_that_hopper_uses_has_a_case() -> None:
-    from padfree._configs import ANY, TABLE
+    from padfree._triton.configs import ANY, TABLE
 
     for (passname, kind, head_dim), rows in TABLE.items():
         used = []

@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from padfree_bench import attention, cli, machine, plots, readme, report
-from padfree_bench.cases import Case, parse_case
-from padfree_bench.ceilings import Ceilings
-from padfree_bench.compare import lost, main
-from padfree_bench.inputs import make_inputs
-from padfree_bench.peers import PEERS, Peer
-from padfree_bench.peers.base import Prepared, Refused
-from padfree_bench.results import (
+from padfree_bench import cli
+from padfree_bench.measuring import machine
+from padfree_bench.measuring.cases import Case, parse_case
+from padfree_bench.measuring.ceilings import Ceilings
+from padfree_bench.measuring.inputs import make_inputs
+from padfree_bench.measuring.results import (
     FAULT,
     OK,
     SECOND_WAVE,
@@ -30,8 +28,13 @@ from padfree_bench.results import (
     markdown,
     save,
 )
-from padfree_bench.session import ahead, terminal_table
-from padfree_bench.timing import Effort
+from padfree_bench.measuring.timing import Effort
+from padfree_bench.peers import PEERS, Peer
+from padfree_bench.peers.base import Prepared, Refused
+from padfree_bench.reports import plots, readme, report
+from padfree_bench.reports.compare import lost, main
+from padfree_bench.suites import attention
+from padfree_bench.suites.session import ahead, terminal_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -69,7 +72,7 @@ class TestFaults:
         for text in (markdown(result), terminal_table(result)):
             assert "FAULT 0.001 [0.001, 0.001]" in text and "FAULT: 1 figures are faster" in text
         assert "faster than its floor of 1 ms" in terminal_table(result)
-        from padfree_bench.page import render
+        from padfree_bench.reports.page import render
 
         page = render([("gpu", result)], {})
         assert "<tr class='fault'>" in page and "FAULT: 1 figures" in page
@@ -226,7 +229,7 @@ class TestWaves:
             order.append(f"save {len(result.rows)}")
             return real(result, folder)
 
-        monkeypatch.setattr("padfree_bench.session.save", recorded)
+        monkeypatch.setattr("padfree_bench.suites.session.save", recorded)
         arguments = [*QUICK[:-1], "forward,both", "--peers", "slow,eager,sdpa", "--output", str(tmp_path)]
         assert cli.main(arguments) == 0
         return order, load(next(tmp_path.glob("*/attention.json")))
@@ -271,7 +274,8 @@ class TestWaves:
     def test_a_kill_in_the_second_direction_leaves_the_first(self, tmp_path: Path) -> None:
         program = f"""
 import os, signal, sys
-from padfree_bench import attention, cli
+from padfree_bench.suites import attention
+from padfree_bench import cli
 real = attention.run_direction
 def run_direction(suite, direction, *rest):
     if direction == "both":

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from padfree_bench import attention, clocks, profiling, timing
-from padfree_bench.attention import run_case
-from padfree_bench.cases import Case
-from padfree_bench.ceilings import Ceilings
-from padfree_bench.clocks import Watch
+from padfree_bench.measuring import clocks, profiling, timing
+from padfree_bench.measuring.cases import Case
+from padfree_bench.measuring.ceilings import Ceilings
+from padfree_bench.measuring.clocks import Watch
+from padfree_bench.measuring.results import NOT_RUN, OK, Result, Row, cell, from_json, to_json
+from padfree_bench.measuring.timing import Effort, Sample, capture_graph, measure
 from padfree_bench.peers import PEERS
-from padfree_bench.results import NOT_RUN, OK, Result, Row, cell, from_json, to_json
-from padfree_bench.timing import Effort, Sample, capture_graph, measure
+from padfree_bench.suites import attention
+from padfree_bench.suites.attention import run_case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EFFORT = Effort(seconds=1, least=3, most=3, warmup=1)

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from padfree import _configs
-from padfree._configs import Config
-from padfree_bench import timing, tune, tune_candidates
-from padfree_bench.results import DeviceLost
-from padfree_bench.tune_candidates import Found, Item, Question, Work
+from padfree._triton import configs
+from padfree._triton.configs import Config
+from padfree_bench.measuring import timing
+from padfree_bench.measuring.results import DeviceLost
+from padfree_bench.tuning import tune, tune_candidates
+from padfree_bench.tuning.tune_candidates import Found, Item, Question, Work
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -29,19 +30,19 @@ HEADLINE = tune.questions(tune.HEADLINE, ",".join(tune.PASSES))
 # The hash is Triton's name for a compiled kernel, in its cache too: made of source, types, divisibility and constants.
 SAME_KERNELS = """
 import torch
-from padfree import _op
-from padfree_bench.aot import compile_only
-from padfree_bench.aot_calls import KERNELS
-from padfree_bench.inputs import make_inputs
-from padfree_bench.tune import PASSES, questions
-from padfree_bench.tune_candidates import compile_candidate
+from padfree._triton import operators
+from padfree_bench.compiled.aot import compile_only
+from padfree_bench.compiled.aot_calls import KERNELS
+from padfree_bench.measuring.inputs import make_inputs
+from padfree_bench.tuning.tune import PASSES, questions
+from padfree_bench.tuning.tune_candidates import compile_candidate
 
 torch.set_num_threads(1)
 asked = questions({case!r}, ",".join(PASSES))
 inputs = make_inputs(asked[0].case, "cpu")
 leaves = [x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
 with compile_only(90, tuple(KERNELS[name][0] for name in PASSES)) as launched:
-    out, _ = _op.run(*leaves, inputs.padding, None, _op.Options.of(inputs.query, None, 0.0, None, True))
+    out, _ = operators.run(*leaves, inputs.padding, None, operators.Options.of(inputs.query, None, 0.0, None, True))
     torch.autograd.grad(out, leaves, inputs.d_out)
 for question, kernel in zip(asked, launched, strict=True):
     mine = compile_candidate(question.passname, question.case, question.row.config)
@@ -143,7 +144,7 @@ def test_a_compiler_that_crashes_stalls_or_raises_is_one_line(capfd: pytest.Capt
 # A compiler hands its code to an assembler, a process of its own, which says here who it is.
 KILLED = """
 import subprocess, sys
-from padfree_bench.tune_candidates import in_children
+from padfree_bench.tuning.tune_candidates import in_children
 
 ASSEMBLE = "echo $$ > $0.new && mv $0.new $0 && exec sleep 60"
 list(in_children(lambda path: subprocess.run(["sh", "-c", ASSEMBLE, path]), sys.argv[1:], jobs=1))
@@ -283,7 +284,7 @@ def test_only_a_measured_winner_clear_of_noise_is_accepted(
 def test_accepted_rows_serve_short_sequences_on_their_architecture_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_configs, "TABLE", {key: list(rows) for key, rows in _configs.TABLE.items()})
+    monkeypatch.setattr(configs, "TABLE", {key: list(rows) for key, rows in configs.TABLE.items()})
     path, best = tmp_path / "tune.json", Config(128, 128, 8, 2)
     answers = [
         tune.decide(question, [{"config": best}], False) | {"accepted": question.passname != "key_gradient"}
@@ -291,7 +292,7 @@ def test_accepted_rows_serve_short_sequences_on_their_architecture_alone(
     ]
     tune.write_lines(path, {"answers": answers})
     assert [row["pass"] for row in tune.apply_rows(path)] == ["forward", "query_gradient"] * 2
-    choose = _configs._choose
+    choose = configs._choose
     assert choose("forward", "half", 64, 400, 90, True) == best
     assert choose("query_gradient", "half", 16, 1024, 90, True) == best
     for passname, *key in (

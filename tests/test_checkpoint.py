@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from imdb_classifier import checkpoint, evaluate, predict, train, weights
-from imdb_classifier.checkpoint import MANIFEST, MODEL_FILE, Position
-from imdb_classifier.errors import UserError
+from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.checkpoints.checkpoint import MANIFEST, MODEL_FILE, Position
+from imdb_classifier.commands import evaluate, predict, train
+from imdb_classifier.messages import UserError
 from tiny_reviews import train_arguments, write_reviews
 from tiny_runs import contents, log_without_clock
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from imdb_classifier import checkpoint, cli, evaluate, predict, reporting, train
+from imdb_classifier.checkpoints import checkpoint
+from imdb_classifier.commands import cli, evaluate, predict, train
+from imdb_classifier.training import reporting
 from tiny_reviews import make_rows, train_arguments, write_csv
 from tiny_runs import SOURCES
 
@@ -111,7 +113,7 @@ def test_the_table_of_predict_has_one_line_a_review_whatever_the_review_holds(
 def test_predict_answers_where_the_terminal_cannot_show_a_letter(finished_run: Path) -> None:
     for more in ([], ["--json"]):
         shown = run_python(
-            "-m", "imdb_classifier.predict", "--checkpoint", str(finished_run), "caf\u00e9", *more,
+            "-m", "imdb_classifier.commands.predict", "--checkpoint", str(finished_run), "caf\u00e9", *more,
             PYTHONIOENCODING="ascii",
         )  # fmt: skip
         assert shown.returncode == 0, shown.stderr
@@ -160,7 +162,7 @@ def test_evaluate_reproduces_the_accuracy_that_training_reported(
 def test_the_choices_offered_are_the_names_the_model_knows() -> None:
     from imdb_classifier.attention import ATTENTION_NAMES
     from imdb_classifier.configuration import PRESETS
-    from imdb_classifier.inference import DTYPES
+    from imdb_classifier.training.inference import DTYPES
 
     assert set(cli.ATTENTION_CHOICES) == set(ATTENTION_NAMES)
     assert set(cli.PRESET_CHOICES) == set(PRESETS)
@@ -170,7 +172,7 @@ def test_the_choices_offered_are_the_names_the_model_knows() -> None:
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
 def test_help_answers_without_loading_torch_or_transformers(command: str) -> None:
     program = (
-        f"import sys; from imdb_classifier.{command} import main; status = main(['--help'])\n"
+        f"import sys; from imdb_classifier.commands.{command} import main; status = main(['--help'])\n"
         "sys.exit(status or any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')))"
     )
     before = sum(os.times()[2:4])
@@ -183,7 +185,7 @@ def test_help_answers_without_loading_torch_or_transformers(command: str) -> Non
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
 def test_the_modules_run_as_programs_and_print_one_line_for_bad_input(command: str) -> None:
-    shown = run_python("-m", f"imdb_classifier.{command}", "--batch-size", "0")
+    shown = run_python("-m", f"imdb_classifier.commands.{command}", "--batch-size", "0")
     assert shown.returncode == 2
     assert shown.stdout == ""
     assert shown.stderr == (
@@ -197,7 +199,7 @@ WITHOUT_DATASETS = """
 import importlib, json, sys
 sys.modules["datasets"] = None
 for command, arguments in json.loads(sys.argv[1]):
-    if status := importlib.import_module("imdb_classifier." + command).main(arguments):
+    if status := importlib.import_module("imdb_classifier.commands." + command).main(arguments):
         sys.exit(status)
 """
 
@@ -240,7 +242,7 @@ def test_all_missing_packages_are_named_at_once_with_a_command_that_installs_the
 ) -> None:
     program = (
         f"import sys; sys.modules |= dict.fromkeys({absent})\n"
-        "from imdb_classifier.predict import main; sys.exit(main(['--checkpoint', '.', 'a film']))"
+        "from imdb_classifier.commands.predict import main; sys.exit(main(['--checkpoint', '.', 'a film']))"
     )
     shown = run_python("-c", program)
     assert (shown.returncode, shown.stdout) == (2, "")

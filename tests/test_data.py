@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from imdb_classifier import hub
-from imdb_classifier.data import Padding, ReviewBatches, TokenizedReviews, tokenize
-from imdb_classifier.errors import UserError
-from imdb_classifier.rows import Split
-from imdb_classifier.sources import read_source
-from imdb_classifier.splits import complete_splits, load_reviews, load_split
-from imdb_classifier.tokenization import check_tokenizer, count_ids, load_tokenizer, train_tokenizer
+from imdb_classifier.data import hub
+from imdb_classifier.data.batches import Padding, ReviewBatches, TokenizedReviews, tokenize
+from imdb_classifier.data.rows import Split
+from imdb_classifier.data.sources import read_source
+from imdb_classifier.data.splits import complete_splits, load_reviews, load_split
+from imdb_classifier.data.tokenization import check_tokenizer, count_ids, load_tokenizer, train_tokenizer
+from imdb_classifier.messages import UserError
 from tiny_reviews import make_rows, write_csv, write_reviews
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from imdb_classifier import evaluate, train
-from imdb_classifier.checkpoint import STATE_FILE, read_json, write_json
-from imdb_classifier.errors import UserError
-from imdb_classifier.rows import Reading, Split
-from imdb_classifier.sources import read_source
-from imdb_classifier.splits import load_reviews
+from imdb_classifier.checkpoints.checkpoint import STATE_FILE, read_json, write_json
+from imdb_classifier.commands import evaluate, train
+from imdb_classifier.data.rows import Reading, Split
+from imdb_classifier.data.sources import read_source
+from imdb_classifier.data.splits import load_reviews
+from imdb_classifier.messages import UserError
 from tiny_reviews import make_rows, train_arguments, write_csv
 
 ROWS = make_rows(20, seed=1)

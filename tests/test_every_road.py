@@ -263,7 +263,7 @@ def test_a_mask_for_each_sequence_is_the_same_in_every_form() -> None:
 
 
 def test_an_explicit_triton_raises_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(padfree.api, "why_not_device", lambda *_: "no GPU")
+    monkeypatch.setattr(padfree._dispatch, "why_not_device", lambda *_: "no GPU")
     query = torch.zeros(1, 1, 4, 16)
     with pytest.raises(RuntimeError, match="^impl='triton' cannot run: no GPU; or use impl='reference'$"):
         padfree.attention(query, query, query, impl="triton")

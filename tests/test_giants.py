@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import padfree
-from padfree import _op
-from padfree._configs import choose
-from padfree._launch import Call
+from padfree._triton import operators
+from padfree._triton.call import Call
+from padfree._triton.configs import choose
 from sanitizer import sanitize
 from sanitizer._memory import MAP_NORESERVE
 
@@ -63,7 +63,7 @@ def compute(inputs: dict[str, Tensor], outputs: dict[str, Tensor], queries: int 
     keys = inputs["key"], inputs["value"], inputs["padding"]
     call = Call(query, *keys, attn_mask, None, None, None, queries, S, 0.25, 0.0, -1, -1, False)
     with allocating(outputs):
-        out, lse = _op._forward(*_fields(call))
+        out, lse = operators._forward(*_fields(call))
         grads = tuple(
             outputs.get(name, torch.empty(like.shape).half())
             for name, like in (("dq", query), ("dk", keys[0]), ("dv", keys[1]))
@@ -71,7 +71,7 @@ def compute(inputs: dict[str, Tensor], outputs: dict[str, Tensor], queries: int 
         saved = (out, lse, d_out, d_lse)
         # One query's own backward has no gradient of attn_mask.
         d_mask = torch.empty(attn_mask.shape).half() if queries > 1 else None
-        _op._launch_backward(call, *saved, grads, d_mask)
+        operators._launch_backward(call, *saved, grads, d_mask)
     results = {"out": out, "lse": lse, "dq": grads[0], "dk": grads[1], "dv": grads[2]}
     return results if d_mask is None else results | {"d_mask": d_mask}
 
@@ -184,7 +184,7 @@ def test_lse_rows_beyond_32_bits_are_written_by_sampled_programs() -> None:
     last = -(-queries // config.block_m) * batch * heads - 1
     # tiles of the highest rows come first, so the highest row of the last head is program batch * heads - 1
     with sanitize(programs=[(0, 0, 0), (batch * heads - 1, 0, 0), (last, 0, 0)]) as report:
-        _, lse2 = _op._forward(query, key, key, *[None] * 5, queries, 5, 1.0, 0.0, -1, -1, False)
+        _, lse2 = operators._forward(query, key, key, *[None] * 5, queries, 5, 1.0, 0.0, -1, -1, False)
     assert not report.findings and report.total["programs"] == 3
     expected = torch.tensor(5.0).log2()
     for b, h, m in ((0, 0, queries - 1), (batch - 1, heads - 1, queries - 1), (batch - 1, heads - 1, 0)):

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from imdb_classifier import checkpoint, evaluate, guards, predict, train, training, weights
+from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.modeling import TextClassifier
+from imdb_classifier.training import guards, loop
 from tiny_reviews import train_arguments, write_reviews
 from tiny_runs import STEPS_AN_EPOCH, assert_same_run
 
@@ -153,13 +155,13 @@ def test_weights_that_became_infinite_are_not_saved(
     dataset: Path, tmp_path: Path, after_step: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models: list[TextClassifier] = []
-    original = training.check_finite
+    original = loop.check_finite
 
-    def remember(run: training.Run, *arguments: Any) -> None:
+    def remember(run: loop.Run, *arguments: Any) -> None:
         models[:] = [run.bare_model]
         original(run, *arguments)
 
-    monkeypatch.setattr(training, "check_finite", remember)
+    monkeypatch.setattr(loop, "check_finite", remember)
     after_step(3, lambda: models[0].classification.bias.data.fill_(float("inf")))
     run = tmp_path / "run"
     assert train.main(train_arguments(dataset, run, "--save-every", "1")) == 3
@@ -177,12 +179,12 @@ def test_fp16_overflows_are_searched_for_a_scale_but_not_forever(tmp_path: Path)
         ),
         optimizer=None,
         bare_model=module,
-        state=training.RunState(),
+        state=loop.RunState(),
         folder=tmp_path,
     )
     for _ in range(guards.MAX_SKIPPED_STEPS):
         guards.check_finite(run, torch.tensor(0.7), torch.arange(2))
         # A run that is resumed counts on.
-        run.state = training.RunState.from_json(run.state.to_json())
+        run.state = loop.RunState.from_json(run.state.to_json())
     with pytest.raises(guards.NonFiniteError, match="gradient norm is inf"):
         guards.check_finite(run, torch.tensor(0.7), torch.arange(2))

@@ -12,8 +12,8 @@ from torch import Tensor
 import padfree
 from drawn import chosen, normal
 from known_bugs import KERNEL, assert_same_bits, kernel_results
-from padfree import _op
-from padfree._configs import TABLE
+from padfree._triton import operators
+from padfree._triton.configs import TABLE
 from padfree.testing import assert_matches_reference, make_inputs
 
 TAIL_LENGTHS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 65, 127, 129)
@@ -187,7 +187,9 @@ def test_every_configuration_gives_the_same_answer(
     )
     for launch in roads:
         names = ("query_config", "key_config", "mask_config") if launch == "launch_backward" else ("config",)
-        monkeypatch.setattr(_op, launch, partial(getattr(_op, launch), **dict.fromkeys(names, config)))
+        monkeypatch.setattr(
+            operators, launch, partial(getattr(operators, launch), **dict.fromkeys(names, config))
+        )
     queries = 1 if tiles[0] == 1 else 70
     calls = [
         make_inputs(1, 1, queries, 70, 16, dtype=torch.float16, padding="both_sides", seed=s) for s in (0, 1)

@@ -16,9 +16,9 @@ import triton
 import padfree
 from drawn import normal
 from known_bugs import KERNEL, assert_same_bits, kernel_results
-from padfree import _attn_mask_gradient, _forward, _key_gradient, _launch, _query_gradient, _single_query
-from padfree._configs import TABLE, choose
-from padfree.api import why_not_interpreter
+from padfree._dispatch import why_not_interpreter
+from padfree._triton import attn_mask_gradient, call, forward, key_gradient, query_gradient, single_query
+from padfree._triton.configs import TABLE, choose
 from padfree.testing import assert_matches_reference, assert_within_reference_error, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,17 +28,17 @@ needs_gpu = pytest.mark.cuda
 COMPILE = """
 import json, os, sys
 import torch
-from padfree_bench.aot import compile_only
+from padfree_bench.compiled.aot import compile_only
 import padfree
-from padfree import _op
+from padfree._triton import operators
 
 found = []
 def compile_kernels(arch, dtype, names, length=64):
     with compile_only(arch, names) as compiled:
         q = torch.zeros(2, 2, length, 16, dtype=dtype)
         call = (q, q, q, None, None, None, None, None, length, length, 0.2, 0.0, -1, -1, False)
-        out, lse2 = _op._forward(*call)
-        _op._backward(out, lse2, out, None, *call, False)
+        out, lse2 = operators._forward(*call)
+        operators._backward(out, lse2, out, None, *call, False)
     return compiled
 
 forward, gradients = ("attention_forward_kernel",), ("query_gradient_kernel", "key_gradient_kernel")
@@ -102,7 +102,7 @@ def test_results_repeat_bit_for_bit_in_any_program_order(sanitizer_report: Any) 
 
 def test_no_kernel_is_tuned_while_it_runs() -> None:
     """triton#6547, triton#4217, triton#781: autotuning ran a kernel many times into the same outputs."""
-    modules = (_forward, _query_gradient, _key_gradient, _attn_mask_gradient, _single_query)
+    modules = (forward, query_gradient, key_gradient, attn_mask_gradient, single_query)
     kernels = {n: k for m in modules for n, k in vars(m).items() if n.endswith("_kernel")}
     assert len(kernels) >= 6
     assert not [name for name, kernel in kernels.items() if isinstance(kernel, triton.runtime.Autotuner)]
@@ -138,14 +138,14 @@ def test_a_fresh_process_computes_the_same_bytes() -> None:
 
 KEYS = """
 import sys
-from padfree import _forward, _key_gradient, _launch, _query_gradient
+from padfree._triton import forward, key_gradient, call, query_gradient
 kernels = {
-    "f": _forward.attention_forward_kernel,
-    "q": _query_gradient.query_gradient_kernel,
-    "k": _key_gradient.key_gradient_kernel,
+    "f": forward.attention_forward_kernel,
+    "q": query_gradient.query_gradient_kernel,
+    "k": key_gradient.key_gradient_kernel,
 }
 if sys.argv[2:]:
-    _launch.settle_cache_keys()
+    call.settle_cache_keys()
 print(sorted((name, kernels[name].cache_key) for name in sys.argv[1]))
 """
 
@@ -185,7 +185,7 @@ def test_a_launch_switches_to_the_tensors_own_gpu(monkeypatch: pytest.MonkeyPatc
     for current, expected in ((0, [torch.device("cuda", 1)]), (1, [])):
         entered.clear()
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
-        _launch.on_device(OnGpu())  # type: ignore[arg-type]
+        call.on_device(OnGpu())  # type: ignore[arg-type]
         assert entered == expected
 
 
@@ -205,8 +205,8 @@ def test_threads_may_make_the_first_call_together() -> None:
 
 STORM = """
 import os, torch
-from padfree_bench.aot import compile_only
-from padfree import _op
+from padfree_bench.compiled.aot import compile_only
+from padfree._triton import operators
 
 children = []
 for _ in range(4):
@@ -214,7 +214,7 @@ for _ in range(4):
     if not pid:
         with compile_only(90, ("attention_forward_kernel",)) as compiled:
             q = torch.zeros(1, 1, 16, 16, dtype=torch.float16)
-            _op._forward(q, q, q, None, None, None, None, None, 16, 16, 0.2, 0.0, -1, -1, False)
+            operators._forward(q, q, q, None, None, None, None, None, 16, 16, 0.2, 0.0, -1, -1, False)
         os._exit(0 if len(compiled) == 1 else 1)
     children.append(pid)
 print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
@@ -330,11 +330,11 @@ def test_an_interpreter_that_its_numpy_breaks_is_refused_in_one_line(
 ) -> None:
     """triton 3.6.0 with NumPy 2.4: "only 0-dimensional arrays can be converted to Python scalars", from deep inside."""
     releases = {"triton": triton_release, "numpy": numpy_release}
-    monkeypatch.setattr(padfree.api, "version", releases.__getitem__)
+    monkeypatch.setattr(padfree._dispatch, "version", releases.__getitem__)
     reason = why_not_interpreter.__wrapped__()  # what it finds out anew
     assert (reason is not None) == refused
     assert reason is None or reason.endswith("use NumPy < 2.4 or Triton 3.7")
-    monkeypatch.setattr(padfree.api, "why_not_interpreter", lambda: reason)
+    monkeypatch.setattr(padfree._dispatch, "why_not_interpreter", lambda: reason)
     query = torch.zeros(1, 1, 3, 8, device="cpu")
     if reason is not None:
         with pytest.raises(

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from imdb_classifier import checkpoint, evaluate, inference, launcher, predict, train, weights
-from imdb_classifier.errors import UserError
+from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.commands import evaluate, predict, train
+from imdb_classifier.messages import UserError
+from imdb_classifier.training import inference, launcher
 from tiny_reviews import train_arguments
 from tiny_runs import SOURCES, assert_same_run, contents
 
@@ -167,7 +169,7 @@ def run_module(
             sys.executable,
             *(torchrun if processes > 1 else []),
             "-m",
-            f"imdb_classifier.{command}",
+            f"imdb_classifier.commands.{command}",
             *arguments,
         ],
         env=environment,

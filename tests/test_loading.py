@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from imdb_classifier import checkpoint, weights
-from imdb_classifier.checkpoint import MANIFEST, MODEL_FILE
-from imdb_classifier.errors import UserError
+from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.checkpoints.checkpoint import MANIFEST, MODEL_FILE
+from imdb_classifier.messages import UserError
 
 
 @pytest.fixture

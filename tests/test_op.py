@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import padfree
-from padfree import _op
-from padfree._op import Options, dropout_seed, ops
+from padfree._triton import operators
+from padfree._triton.operators import Options, dropout_seed, ops
 from padfree.testing import make_inputs, run
 
 kernel = partial(padfree.attention, impl="triton")
@@ -252,11 +252,11 @@ def test_a_call_allocates_its_results_and_one_number_a_row_more(queries, skip, d
     options = Options.of(inputs.query, None, 0.0, None, skip and queries == keys)
     call = (*arguments, None, None, None, None, queries, keys, *options)
     with Allocations() as forward:
-        out, lse2 = _op._forward(*call)
+        out, lse2 = operators._forward(*call)
     results = rows * head_dim * 2
     assert forward.bytes == results + rows * 4
     with Allocations() as backward:
-        _op._backward(out, lse2, inputs.d_out, None, *call, False)
+        operators._backward(out, lse2, inputs.d_out, None, *call, False)
     delta = 0 if queries == 1 else rows * 4
     assert backward.bytes == results + 2 * batch * heads * keys * head_dim * 2 + delta
 

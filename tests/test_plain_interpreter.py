@@ -68,7 +68,7 @@ def test_bf16_is_refused(without_checker: dict[str, Any]) -> None:
 @pytest.fixture
 def plain_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a user's process refuses, in this one."""
-    monkeypatch.setattr(padfree.api, "INTERPRETED_DTYPES", (torch.float32, torch.float16))
+    monkeypatch.setattr(padfree._dispatch, "INTERPRETED_DTYPES", (torch.float32, torch.float16))
 
 
 @pytest.mark.usefixtures("plain_interpreter")

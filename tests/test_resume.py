@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from imdb_classifier import checkpoint, inference, train, training
-from imdb_classifier.errors import UserError
+from imdb_classifier.checkpoints import checkpoint
+from imdb_classifier.commands import train
+from imdb_classifier.messages import UserError
+from imdb_classifier.training import inference, loop
 from tiny_reviews import train_arguments
 from tiny_runs import SOURCES, STEPS_AN_EPOCH, assert_same_run, contents
 
@@ -45,7 +47,9 @@ def test_a_fresh_process_with_another_hash_seed_gives_equal_bytes(
         "PYTHONHASHSEED": "12345",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    subprocess.run([sys.executable, "-m", "imdb_classifier.train", *arguments], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "imdb_classifier.commands.train", *arguments], env=environment, check=True
+    )
     assert_same_run(run, finished_run)
 
 
@@ -84,7 +88,7 @@ def test_a_run_stopped_in_an_evaluation_and_resumed_equals_one_that_was_not(
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", evaluate)
+        patch.setattr(loop, "evaluate", evaluate)
         assert train.main(train_arguments(dataset, run)) == 143
     assert (run / "last").resolve().name == checkpoint.Position(0, STEPS_AN_EPOCH).folder_name
     assert train.main(train_arguments(dataset, run, "--resume")) == 0
@@ -105,15 +109,15 @@ def test_resuming_a_finished_run_changes_nothing_and_more_epochs_go_on(
 @pytest.fixture
 def ranked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Arrange each epoch's accuracy, and its loss where one is given, so that a test knows which one is the best."""
-    original = training.evaluate_split
+    original = loop.evaluate_split
 
     def arrange(*accuracies: float, losses: Sequence[float] = ()) -> None:
-        def evaluate_split(run: training.Run, name: str) -> inference.Evaluation:
+        def evaluate_split(run: loop.Run, name: str) -> inference.Evaluation:
             result, epoch = original(run, name), run.state.position.epoch
             loss = losses[epoch] if losses else result.loss
             return dataclasses.replace(result, accuracy=accuracies[epoch], loss=loss)
 
-        monkeypatch.setattr(training, "evaluate_split", evaluate_split)
+        monkeypatch.setattr(loop, "evaluate_split", evaluate_split)
 
     return arrange
 
@@ -246,7 +250,7 @@ def test_a_second_signal_leaves_at_once(dataset: Path, tmp_path: Path, after_ste
 def test_a_real_process_answers_sigterm_by_saving(dataset: Path, tmp_path: Path) -> None:
     arguments = train_arguments(dataset, tmp_path / "run", "--epochs", "100000")
     process = subprocess.Popen(
-        [sys.executable, "-m", "imdb_classifier.train", *arguments],
+        [sys.executable, "-m", "imdb_classifier.commands.train", *arguments],
         env={**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from imdb_classifier import checkpoint, evaluate, guards, predict, run_folder, train
+from imdb_classifier.checkpoints import checkpoint, run_folder
+from imdb_classifier.commands import evaluate, predict, train
+from imdb_classifier.training import guards
 from tiny_reviews import train_arguments
 from tiny_runs import assert_same_run
 

@@ -137,7 +137,7 @@ def test_a_scalar_other_of_zero_counts_as_given() -> None:
 
 
 def test_uninitialised_memory_of_library_code_is_poisoned_and_of_others_is_not() -> None:
-    library: dict[str, object] = {"__name__": "padfree._op", "torch": torch}
+    library: dict[str, object] = {"__name__": "padfree._triton.operators", "torch": torch}
     calls = ["torch.empty(3)", "torch.empty_like(x)", "x.new_empty(2)", "torch.empty_strided((2, 2), (2, 1))"]
     with poison_empty() as count:
         for call in calls:
@@ -149,7 +149,7 @@ def test_uninitialised_memory_of_library_code_is_poisoned_and_of_others_is_not()
 
 
 def test_an_output_left_unwritten_keeps_its_poison() -> None:
-    allocate = {"__name__": "padfree._op", "torch": torch}
+    allocate = {"__name__": "padfree._triton.operators", "torch": torch}
     with sanitize(), poison_empty():
         for rows, survivors in ((13, 0), (12, 1)):
             out = eval("torch.empty(13)", allocate)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import padfree
-from padfree._configs import choose
+from padfree._triton.configs import choose
 from padfree.testing import PADDING_PATTERNS, make_inputs, run, visited_tiles
 
 kernel = partial(padfree.attention, impl="triton")

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from imdb_classifier import checkpoint, guards, inference, predict, reporting, train, weights
+from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.commands import predict, train
 from imdb_classifier.configuration import PRESETS, TextClassifierConfig
-from imdb_classifier.data import TokenizedReviews
-from imdb_classifier.errors import UserError
+from imdb_classifier.data.batches import TokenizedReviews
+from imdb_classifier.messages import UserError
 from imdb_classifier.modeling import TextClassifier
+from imdb_classifier.training import guards, inference, reporting
 from tiny_reviews import make_rows, train_arguments, write_csv, write_reviews
 from tiny_runs import SOURCES, log_without_clock
 
@@ -155,7 +157,7 @@ def test_a_prediction_does_not_depend_on_the_batch_it_is_in(finished_run: Path, 
 
 
 def test_bf16_trains_and_its_checkpoint_keeps_fp32_weights(dataset: Path, tmp_path: Path) -> None:
-    program = "import sys; from imdb_classifier.train import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from imdb_classifier.commands.train import main; sys.exit(main(sys.argv[1:]))"
     arguments = train_arguments(dataset, tmp_path / "run", "--precision", "bf16")
     # Its own process, since accelerate fixes the precision of a process.
     subprocess.run(

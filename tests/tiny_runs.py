@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from imdb_classifier import reporting, train
+from imdb_classifier.commands import train
+from imdb_classifier.training import reporting
 from tiny_reviews import train_arguments, write_reviews
 
 STEPS_AN_EPOCH = 5

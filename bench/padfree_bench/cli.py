@@ -4,15 +4,15 @@ import argparse
 import importlib
 import sys
 
-from padfree_bench.results import RESULTS, DeviceLost, fault_line
+from padfree_bench.measuring.results import RESULTS, DeviceLost, fault_line
 
 # Owned by modules with their own options; imported only when asked for.
 OWN_OPTIONS = {
-    "compile-report": "padfree_bench.compile_report",
-    "tune": "padfree_bench.tune",
+    "compile-report": "padfree_bench.compiled.compile_report",
+    "tune": "padfree_bench.tuning.tune",
     "gpu-round": "padfree_bench.gpu_round.driver",
-    "report": "padfree_bench.report",
-    "compare": "padfree_bench.compare",
+    "report": "padfree_bench.reports.report",
+    "compare": "padfree_bench.reports.compare",
 }
 SUITES = {
     "attention": "one attention call: every peer, forward, backward and both",
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in OWN_OPTIONS:
         return _own_options(argv[0], argv[1:])
     options = parser().parse_args(argv)
-    module = importlib.import_module(f"padfree_bench.{options.suite}")
+    module = importlib.import_module(f"padfree_bench.suites.{options.suite}")
     try:
         result = module.run(options, argv)
     except (ValueError, OSError) as error:

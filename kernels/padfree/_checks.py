@@ -219,6 +219,13 @@ def padding_rows(key_padding_mask: Tensor | None) -> Tensor | None:
     return key_padding_mask.flatten(1) if key_padding_mask.ndim == 3 else key_padding_mask[:, 0, 0]
 
 
+def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, S, 3, H, D] or [T, 3, H, D] as three views in the padded form [B or 1, H, S or T, D]."""
+    padded = qkv if qkv.ndim == 5 else qkv[None]
+    query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
 def _check_qkv(query: Any, key: Any, value: Any, *, dims: int, layout: str) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_tensor(name, tensor)

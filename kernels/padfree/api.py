@@ -1,24 +1,16 @@
 """The front door for padded batches: check the call, choose who computes it, hand it on."""
 
 import math
-import os
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import version
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from padfree import _checks
 from padfree._checks import Window
+from padfree._dispatch import Impl, choose_impl
 from padfree._sdpa import sdpa_attention, sdpa_serves
-from padfree.reference import attention_weights_reference, computed_dtype, reference, under_autocast
+from padfree.reference import attention_weights_reference, reference, under_autocast
 
-Impl = Literal["auto", "triton", "reference"]
-IMPLS = ("auto", "triton", "reference")
-# What Triton's interpreter computes right on a CPU; of bf16 it takes the bits for a number.
-INTERPRETED_DTYPES = (torch.float32, torch.float16)
 LN2 = math.log(2)
 
 
@@ -97,7 +89,7 @@ def attention(
             skip_padded_queries=skip_padded_queries,
             return_lse=return_lse,
         )
-    from padfree._op import Options, run
+    from padfree._triton.operators import Options, run
 
     options = Options.of(query, scale, dropout_p, window, skip_padded_queries)
     out, lse2 = run(query, key, value, padding, attn_mask, options)
@@ -136,60 +128,3 @@ def attention_weights(
     picked = _checks.check_rows(range(query.shape[2]) if rows is None else rows, query)
     padding = _checks.padding_rows(key_padding_mask)
     return attention_weights_reference(query, key, lse, padding, picked, scale)
-
-
-def choose_impl(impl: str, query: Tensor) -> str:
-    """Resolve `impl` for this tensor: "triton" or "reference". An explicit "triton" raises where it cannot run."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl == "auto":
-        return "triton" if query.is_cuda and why_not(query) is None else "reference"
-    if impl == "triton" and (reason := why_not(query)) is not None:
-        raise RuntimeError(f"impl='triton' cannot run: {reason}; or use impl='reference'")
-    return impl
-
-
-def why_not(query: Tensor) -> str | None:
-    """Why the kernel could not compute attention for this query, or None where it can. No launch."""
-    dtype = computed_dtype(query)
-    if dtype not in _checks.KERNEL_DTYPES:
-        return f"the kernel computes fp32, fp16 and bf16, query is {dtype}"
-    reason = why_not_device(query.device)
-    interpreted = query.device.type == "cpu" and (
-        reason is not None or os.environ.get("TRITON_INTERPRET") == "1"
-    )
-    if interpreted and dtype not in INTERPRETED_DTYPES:
-        return (
-            "no GPU, and Triton's interpreter gets bf16 wrong: it multiplies bit patterns; use fp32 or fp16"
-        )
-    return reason
-
-
-def why_not_device(device: torch.device | str) -> str | None:
-    """Why the kernel could not run on this device, or None where it can."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
-            return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-        return None
-    if device.type != "cpu":
-        return f"no kernel for device type {device.type!r}"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return "no GPU: set TRITON_INTERPRET=1 to run it in Triton's interpreter"
-    return why_not_interpreter()
-
-
-@cache
-def why_not_interpreter() -> str | None:
-    """Why Triton's interpreter fails with the NumPy that is installed, or None where it does not."""
-    triton, numpy = version("triton"), version("numpy")
-    # Triton 3.6 makes an int of an array with one element, which NumPy 2.4 no longer allows.
-    if _major_minor(triton) < (3, 7) and _major_minor(numpy) >= (2, 4):
-        return (
-            f"Triton {triton}'s interpreter does not work with NumPy {numpy}: use NumPy < 2.4 or Triton 3.7"
-        )
-    return None
-
-
-def _major_minor(release: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in release.split(".")[:2])

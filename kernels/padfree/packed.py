@@ -7,7 +7,8 @@ from torch import Tensor
 
 from padfree import _checks
 from padfree._checks import Window
-from padfree.api import LN2, Impl, attention, choose_impl
+from padfree._dispatch import Impl, choose_impl
+from padfree.api import LN2, attention
 from padfree.reference import sequence_by_sequence, under_autocast
 
 
@@ -55,7 +56,7 @@ def attention_varlen(
         return sequence_by_sequence(
             attend, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         )
-    from padfree._op import Options, Packing, run
+    from padfree._triton.operators import Options, Packing, run
 
     options = Options.of(query, scale, dropout_p, window, False)
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -104,11 +105,11 @@ def attention_qkvpacked(
                 q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, return_lse=return_lse, **shared
             )
         shared["skip_padded_queries"] = skip_padded_queries
-        result = attention(*split_qkv(qkv), key_padding_mask, return_lse=return_lse, **shared)
+        result = attention(*_checks.split_qkv(qkv), key_padding_mask, return_lse=return_lse, **shared)
         if isinstance(result, tuple):
             return result[0].transpose(1, 2), result[1]
         return result.transpose(1, 2)
-    from padfree._op import Options, Packing, run_qkvpacked
+    from padfree._triton.operators import Options, Packing, run_qkvpacked
 
     options = Options.of(qkv, scale, dropout_p, window, skip_padded_queries)
     packing = None
@@ -119,10 +120,3 @@ def attention_qkvpacked(
     if packing is not None:
         out, lse2 = out[0], lse2[0]
     return (out, lse2 * LN2) if return_lse else out
-
-
-def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, S, 3, H, D] or [T, 3, H, D] as three views in the padded form [B or 1, H, S or T, D]."""
-    padded = qkv if qkv.ndim == 5 else qkv[None]
-    query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from padfree._checks import Window
-from padfree._tile_count import TileCount, visited_tiles
+from padfree._triton.tile_count import TileCount, visited_tiles
 from padfree.reference import reference
 
 __all__ = [

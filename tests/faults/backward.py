@@ -4,10 +4,10 @@ from functools import partial
 
 from faults.fault import Fault
 
-query_gradient = partial(Fault, file="_query_gradient.py")
-key_gradient = partial(Fault, file="_key_gradient.py")
-backward = partial(Fault, file="_backward.py")
-mask_gradient = partial(Fault, file="_attn_mask_gradient.py")
+query_gradient = partial(Fault, file="_triton/query_gradient.py")
+key_gradient = partial(Fault, file="_triton/key_gradient.py")
+backward = partial(Fault, file="_triton/backward.py")
+mask_gradient = partial(Fault, file="_triton/attn_mask_gradient.py")
 
 FAULTS = [
     query_gradient(

@@ -4,7 +4,7 @@ from functools import partial
 
 from faults.fault import Fault
 
-forward = partial(Fault, file="_forward.py")
+forward = partial(Fault, file="_triton/forward.py")
 
 FAULTS = [
     forward(
@@ -18,17 +18,17 @@ FAULTS = [
     forward(
         "keys past the end reach an attn_mask tile", "bounds",
         fragment="in_mn = live_m[:, None] & (n < stop)[None, :]", replacement="in_mn = live_m[:, None] & (n <= stop)[None, :]",
-        file="_tiles.py",
+        file="_triton/tiles.py",
     ),
     forward(
         "tiles with holes are taken for full ones", "mask",
         fragment="m_first, m_last, first, stop, holes, window_left", replacement="m_first, m_last, first, stop, m_first < 0, window_left",
-        file="_tiles.py",
+        file="_triton/tiles.py",
     ),
     forward(
         "edge tiles are not masked", "mask",
         fragment="if keep_n is not None:\n        scores = hide_keys", replacement="if False:\n        scores = hide_keys",
-        file="_tiles.py",
+        file="_triton/tiles.py",
     ),
     forward(
         "the tiles left of the window's full ones are skipped", "window",
@@ -37,7 +37,7 @@ FAULTS = [
     forward(
         "the edge tiles on the right are skipped", "window",
         fragment="tl.minimum(full_hi, hi), hi", replacement="tl.minimum(full_hi, hi), tl.minimum(full_hi, hi)",
-        file="_tiles.py",
+        file="_triton/tiles.py",
     ),
     forward(
         "sequence 0's padding hides every sequence's keys", "addressing",
@@ -115,6 +115,6 @@ FAULTS = [
     forward(
         "tiles of skipped queries at the sequence's first key are cut", "mask",
         fragment="(m_first < stop) & (m_last >= first)", replacement="(m_first < stop) & (m_first >= first)",
-        file="_tiles.py",
+        file="_triton/tiles.py",
     ),
 ]  # fmt: skip

@@ -4,11 +4,12 @@ from functools import partial
 
 from faults.fault import Fault
 
-launch = partial(Fault, file="_launch.py")
-op = partial(Fault, file="_op.py")
+launch = partial(Fault, file="_triton/call.py")
+op = partial(Fault, file="_triton/operators.py")
 checks = partial(Fault, file="_checks.py")
 packed = partial(Fault, file="packed.py")
 api = partial(Fault, file="api.py")
+dispatch = partial(Fault, file="_dispatch.py")
 
 FAULTS = [
     launch(
@@ -101,7 +102,7 @@ FAULTS = [
         "grouped heads take the single query's road", "ownership",
         fragment="single = call.max_q == 1 and call.heads == call.kv_heads", replacement="single = call.max_q == 1",
     ),
-    packed(
+    checks(
         "key and value of a fused buffer are swapped", "packing",
         fragment="query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)", replacement="query, value, key = padded.permute(2, 0, 3, 1, 4).unbind(0)",
     ),
@@ -133,7 +134,7 @@ FAULTS = [
         "int64 cu_seqlens are accepted", "validation",
         fragment="if cu_seqlens.dtype != torch.int32:", replacement="if False:",
     ),
-    api(
+    dispatch(
         "an explicit impl='triton' falls back", "wrapper",
         fragment='raise RuntimeError(f"impl=\'triton\' cannot run: {reason}; or use impl=\'reference\'")', replacement='return "reference"',
     ),

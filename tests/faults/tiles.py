@@ -4,8 +4,8 @@ from functools import partial
 
 from faults.fault import Fault
 
-tiles = partial(Fault, file="_tiles.py")
-single = partial(Fault, file="_single_query.py")
+tiles = partial(Fault, file="_triton/tiles.py")
+single = partial(Fault, file="_triton/single_query.py")
 
 FAULTS = [
     tiles(

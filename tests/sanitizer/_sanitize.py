@@ -12,7 +12,7 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, _get_np_dtype
 
-import padfree.api
+import padfree._dispatch
 from padfree._checks import KERNEL_DTYPES
 
 from ._contraction import CONTRACTION_HOOKS
@@ -74,8 +74,8 @@ class Sanitizer:
             (interpreter, "_patch_lang", self.patch_language),
             (interpreter, "_patch_lang_tensor", patch_tensor),
             # What padfree refuses users, these hooks have mended.
-            (padfree.api, "why_not_interpreter", lambda: None),
-            (padfree.api, "INTERPRETED_DTYPES", KERNEL_DTYPES),
+            (padfree._dispatch, "why_not_interpreter", lambda: None),
+            (padfree._dispatch, "INTERPRETED_DTYPES", KERNEL_DTYPES),
             (TritonSemantic, "load", lambda *a, **k: self.note_other(*a, **k)),
             (builder, "create_masked_load", lambda *a, **k: self.load(*a, **k)),
             (builder, "create_masked_store", lambda *a, **k: self.store(*a, **k)),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padfree import _configs, attention, attention_qkvpacked, attention_varlen, testing
+from padfree import attention, attention_qkvpacked, attention_varlen, testing
+from padfree._triton import configs
 from padfree.testing import Inputs
 
 HALF, FP16, FLOAT = torch.bfloat16, torch.float16, torch.float32
@@ -63,10 +64,10 @@ class Case:
 
 def table_cases(arch: int) -> Iterator[Case]:
     """One case for every row that this architecture uses, at a length that the row serves."""
-    for (passname, kind, head_dim), rows in _configs.TABLE.items():
+    for (passname, kind, head_dim), rows in configs.TABLE.items():
         limit = 0
         for row in rows:
-            if limit == _configs.ANY or (row.arch and arch not in row.arch):
+            if limit == configs.ANY or (row.arch and arch not in row.arch):
                 continue  # another row serves all its calls, or it serves another architecture
             keys, limit = limit + 5 if limit else 100, row.max_length
             for dtype in DTYPES[kind]:

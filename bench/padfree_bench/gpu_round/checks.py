@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padfree import _configs, attention, testing
-from padfree.api import Impl
-from padfree_bench.cases import parse_case
+from padfree import attention, testing
+from padfree._dispatch import Impl
+from padfree._triton import configs
 from padfree_bench.gpu_round import agreement
 from padfree_bench.gpu_round.steps import HEADLINE, REHEARSE
-from padfree_bench.inputs import make_inputs
-from padfree_bench.machine import pick_device
-from padfree_bench.processes import die_with_parent
-from padfree_bench.timing import capture_graph, own_stream
-from padfree_bench.tune_candidates import Work
+from padfree_bench.measuring.cases import parse_case
+from padfree_bench.measuring.inputs import make_inputs
+from padfree_bench.measuring.machine import pick_device
+from padfree_bench.measuring.processes import die_with_parent
+from padfree_bench.measuring.timing import capture_graph, own_stream
+from padfree_bench.tuning.tune_candidates import Work
 
 REPEATS = 5000
 # (heads, head_dim) at B 64, S 400: BERT's and the notebook's
@@ -41,7 +42,7 @@ def impl_on(device: torch.device) -> Impl:
 def check_agreement(device: torch.device) -> list[str]:
     """Every case by the error rule; the failures by name."""
     on_gpu = device.type == "cuda"
-    cases = agreement.all_cases(_configs.architecture(device) if on_gpu else 90)
+    cases = agreement.all_cases(configs.architecture(device) if on_gpu else 90)
     # A rehearsal takes some, and not the figures' own shapes, which are too much for a CPU's fp64.
     cases = cases if on_gpu else [case for case in cases if case.batch < 16][::6]
     failed: list[str] = []

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from padfree_bench.gpu_round.steps import CARRY, REHEARSE, ROOT, worker
-from padfree_bench.processes import die_with_parent
+from padfree_bench.measuring.processes import die_with_parent
 
 KEPT = ("number", "train_seconds", "seconds", "loss", "validation_accuracy")
 
@@ -20,7 +20,7 @@ def command(how: str, folder: Path, rehearse: bool) -> list[str]:
     attention = "--fused" if how == "padfree" and not rehearse else "--no-fused"
     size = ("--limit", "192") if rehearse else ("--precision", "bf16")
     return [
-        *worker("imdb_classifier.train"), *(word for option, name in carried for word in (option, str(CARRY / name))),
+        *worker("imdb_classifier.commands.train"), *(word for option, name in carried for word in (option, str(CARRY / name))),
         "--output-dir", str(folder), "--overwrite", "--preset", "notebook", "--epochs", "2", attention, *size,
     ]  # fmt: skip
 

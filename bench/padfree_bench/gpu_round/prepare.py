@@ -14,8 +14,8 @@ from pathlib import Path
 
 from padfree_bench.gpu_round.carry import pack
 from padfree_bench.gpu_round.steps import CARRY, ROOT, our_environment, worker
-from padfree_bench.machine import sources_digest
-from padfree_bench.processes import die_with_parent
+from padfree_bench.measuring.machine import sources_digest
+from padfree_bench.measuring.processes import die_with_parent
 
 REVIEWS, SEED = 4000, 0
 # What a copy of the tree may weigh: files that git knows or would add, and .carry/.
@@ -111,7 +111,7 @@ def carry_reviews(reviews: Path, tokenizer: Path) -> int:
     shutil.copytree(tokenizer, CARRY / "tokenizer")
     with tempfile.TemporaryDirectory() as scratch:
         command = worker(
-            "imdb_classifier.train", "--dataset", str(CARRY / "reviews"), "--tokenizer", str(CARRY / "tokenizer"),
+            "imdb_classifier.commands.train", "--dataset", str(CARRY / "reviews"), "--tokenizer", str(CARRY / "tokenizer"),
             "--cache-dir", str(CARRY / "tokens"), "--preset", "notebook", "--epochs", "1", "--no-fused", "--cpu",
             "--output-dir", f"{scratch}/run",
         )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from padfree_bench.results import RESULTS
+from padfree_bench.measuring.results import RESULTS
 
 ROOT = Path(__file__).resolve().parents[3]
 CHECKS = "padfree_bench.gpu_round.checks"

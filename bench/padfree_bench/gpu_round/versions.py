@@ -5,8 +5,8 @@ from importlib.util import find_spec
 
 import torch
 
-from padfree_bench import machine
 from padfree_bench.gpu_round.carry import compiler
+from padfree_bench.measuring import machine
 
 NEEDED = ("numpy", "tqdm", "transformers", "accelerate", "tokenizers", "safetensors", "pyarrow")
 

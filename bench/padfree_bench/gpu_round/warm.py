@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from padfree_bench.aot import compile_only
+from padfree_bench.compiled.aot import compile_only
 from padfree_bench.gpu_round import agreement, steps
 from padfree_bench.gpu_round.carry import unpack
-from padfree_bench.processes import in_pool
+from padfree_bench.measuring.processes import in_pool
 
 ARCH = 90
 Item = tuple[str, ...]
@@ -59,7 +59,7 @@ def attention_items(cases: tuple[str, ...], peers: Any) -> list[Item]:
 
 
 def tune_items() -> Iterator[Any]:
-    from padfree_bench.tune import warm_items
+    from padfree_bench.tuning.tune import warm_items
 
     yield from warm_items()
 
@@ -75,7 +75,7 @@ def run_item(kind: str, *args: str) -> None:
     elif kind == "attention":
         run_peer(*args)
     elif kind == "exp2":
-        from padfree_bench import exp2_kernel
+        from padfree_bench.measuring import exp2_kernel
 
         exp2_kernel.launch(torch.empty(exp2_kernel.BLOCK * 16))
     elif kind == "train":
@@ -90,8 +90,8 @@ def run_call(call: Any, inputs: Any, options: dict[str, Any]) -> None:
 
 def run_peer(case_id: str, name: str) -> None:
     """Forward alone and with its backward, of one of our own peers on one case of the tables."""
-    from padfree_bench.cases import DTYPES, parse_case
-    from padfree_bench.inputs import Inputs
+    from padfree_bench.measuring.cases import DTYPES, parse_case
+    from padfree_bench.measuring.inputs import Inputs
     from padfree_bench.peers import PEERS, padfree_peers
 
     padfree_peers.check_kernel = lambda query: None  # nothing runs here
@@ -111,8 +111,8 @@ def run_peer(case_id: str, name: str) -> None:
 
 def run_training_step(preset: str, width: int) -> None:
     """A step of our recipes in bf16 at one width of a batch; 16 reviews specialise a launch as 64 do."""
-    from padfree_bench import train
-    from padfree_bench.models import make_batch
+    from padfree_bench.suites import train
+    from padfree_bench.suites.models import make_batch
 
     train.check_padfree = lambda device, dtype: register()
     train.PRESETS[preset]["dff"] = 32  # no kernel of ours sees it
@@ -133,7 +133,7 @@ def compile_item(item: Item) -> tuple[list[bool], float]:
     """(whether the cache had it, of every kernel that the item launches; CPU seconds of this process and its children)."""
     from triton import knobs
 
-    import padfree.api
+    import padfree._dispatch
 
     hits: list[bool] = []
     begin = sum(os.times()[:4])
@@ -142,11 +142,11 @@ def compile_item(item: Item) -> tuple[list[bool], float]:
         hits.append(cache_hit)
 
     knobs.compilation.listener = listen
-    padfree.api.why_not_device = lambda *_: None  # launches are compiled, not run
+    padfree._dispatch.why_not_device = lambda *_: None  # launches are compiled, not run
     use_tuned_rows()
     kind, *args = item
     if kind == "tune":
-        from padfree_bench import tune
+        from padfree_bench.tuning import tune
 
         tune.compile_item(json.loads(args[0]))
     else:
@@ -161,7 +161,7 @@ def compile_item(item: Item) -> tuple[list[bool], float]:
 def use_tuned_rows() -> None:
     """Once a process: the rows that the tune accepted, as the suites of the same steps take them."""
     if (rows := Path(os.environ.get("PADFREE_TUNED_ROWS", ""))).is_file():
-        from padfree_bench.tune import apply_rows
+        from padfree_bench.tuning.tune import apply_rows
 
         apply_rows(rows)
 

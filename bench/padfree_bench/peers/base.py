@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padfree_bench.inputs import Inputs
+from padfree_bench.measuring.inputs import Inputs
 
 Grads = tuple[Tensor, Tensor, Tensor]
 

@@ -2,7 +2,7 @@
 
 import functools
 
-from padfree_bench.inputs import Inputs
+from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.peers.base import Peer, Prepared, compiled, padded
 from padfree_bench.peers.eager import notebook_attention
 

@@ -1,6 +1,6 @@
 """The flash-attn package (FlashAttention-2), packed before the clock starts."""
 
-from padfree_bench.inputs import Inputs
+from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.peers.base import Peer, Prepared, needs, needs_16_bit, needs_cuda, packed
 
 

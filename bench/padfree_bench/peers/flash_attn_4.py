@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from padfree_bench.inputs import Inputs
+from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.peers.base import Peer, Prepared, leaves_of, needs, needs_16_bit, needs_cuda
 
 

@@ -4,7 +4,7 @@ import functools
 
 from torch import Tensor
 
-from padfree_bench.inputs import Inputs
+from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.peers.base import Peer, Prepared, Refused, compiled, padded
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from padfree_bench.inputs import Inputs
+from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.peers.base import Grads, Peer, Prepared
 
 # torch remarks on its own prototype and its own deprecated call, which the reader of a benchmark cannot mend.

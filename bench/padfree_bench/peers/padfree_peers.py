@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import padfree
-from padfree_bench.inputs import Inputs
+from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.peers.base import Grads, Peer, Prepared, Refused, leaves_of, packed, packing, padded
 
 RAN = "padfree's Triton kernel"

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from padfree_bench.inputs import Inputs
+from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.peers.base import Peer, Prepared, Refused, padded
 
 BACKENDS = {

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from padfree_bench.inputs import Inputs
+from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.peers.base import Peer, Prepared, padded
 
 

@@ -1,0 +1,211 @@
+"""A static cost model from compiled code: predictions, never measurements.
+
+For one score tile: *issue* = the loop's instructions x warps / 4 a clock; *mufu* = exp2 results / 16 a clock;
+*matrix* = 2 x BLOCK_M x BLOCK_N x D (at least 16) per dot over the matrix units' FLOP a clock (fp32 dots are FMA
+instructions and stand in *issue*), times how often the warps *repeat* one another's work. Tiles spread evenly over the
+multiprocessors and CTAs are assumed to overlap perfectly, so the largest of the three, or the bytes over the memory's
+rate, is a floor. *once* is what programs issue outside of their loops (the scan of the mask, addresses, the epilogue) if
+every instruction there runs once: not in the floor, because some do not. *expected* is no floor but a guess at what a
+replayed launch takes: its start and end, the dependent loads of one program that nothing hides at the end of a launch
+(mask, first tile, edge tile, store), and the larger of the memory's time and compute + once.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from padfree_bench.compiled.aot import Arch, Compiled
+from padfree_bench.compiled.sass import instruction_count, score_loops
+
+EX2_PER_CLOCK = 16
+# Of expected: microseconds from one kernel of a graph to the next, and of a load that misses every cache.
+LAUNCH_US, LATENCY_US, DEPENDENT_LOADS = 2.0, 0.7, 4
+SCHEDULERS = 4
+# Dots of a tile, by kernel.
+DOTS = {
+    "attention_forward_kernel": 2,
+    "query_gradient_kernel": 3,
+    "key_gradient_kernel": 4,
+    "attn_mask_gradient_kernel": 2,
+}
+KEY_MAJOR = {"key_gradient_kernel"}
+
+
+class Gpu(NamedTuple):
+    """Assumed rates of one GPU: sustained clock in GHz, 16-bit FLOP a clock and multiprocessor, bytes a second."""
+
+    name: str
+    multiprocessors: int
+    clock_ghz: float
+    flop_per_clock: int
+    bytes_per_second: float
+    shared_bytes: int
+    registers: int = 65536
+    threads: int = 2048
+    blocks: int = 32
+
+
+GPUS: dict[Arch, Gpu] = {
+    80: Gpu("A100", 108, 1.41, 2048, 1.6e12, 164 * 1024),
+    # An H200 is the same processor with 4.3e12 bytes a second (copies measured on both).
+    90: Gpu("H100", 132, 1.8, 4096, 3.0e12, 228 * 1024),
+    100: Gpu("B200", 148, 1.8, 8192, 7.0e12, 228 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cycles of one multiprocessor for one score tile of a kernel, and its instructions outside of the loops.
+
+    `masked` is the loop of tiles in which keys may be hidden: where a sequence ends, and all of one with holes.
+    `repeats`: exp2 results per score of a tile; 2 where two groups of warps compute the same rows.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    loop: int
+    masked_loop: int
+    outside: int
+    repeats: float
+    issue: float
+    masked_issue: float
+    mufu: float
+    matrix: float
+    mix: dict[str, int]
+
+    @property
+    def tile_cycles(self) -> float:
+        return max(self.issue, self.mufu, self.matrix)
+
+    @property
+    def masked_tile_cycles(self) -> float:
+        return max(self.masked_issue, self.mufu, self.matrix)
+
+    @property
+    def bound(self) -> str:
+        return max(("issue", "mufu", "matrix"), key=lambda name: getattr(self, name))
+
+
+def costs_of(compiled: Compiled) -> Costs | None:
+    """Costs of a kernel's loops over full tiles, the cheapest, and masked ones; None where none holds an exp2."""
+    loops = score_loops(compiled.sass)
+    dots = DOTS.get(compiled.name)
+    if not loops or dots is None:
+        return None
+    constants, warps = compiled.constants, compiled.num_warps
+    block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
+    # By cost: full tiles, then the edges.
+    full, masked = loops[0], loops[min(1, len(loops) - 1)]
+    repeats = full.ex2 * warps * 32 / (block_m * block_n)
+    on_matrix_units = "xbf16>" in compiled.ttir or "xf16>" in compiled.ttir
+    flop = 2 * block_m * block_n * constants["BLOCK_D"] * dots if on_matrix_units else 0
+    rate = GPUS[compiled.arch].flop_per_clock
+    return Costs(
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=warps,
+        loop=full.instructions,
+        masked_loop=masked.instructions,
+        outside=instruction_count(compiled.sass) - sum(loop.instructions for loop in loops),
+        repeats=repeats,
+        issue=full.instructions * warps / SCHEDULERS,
+        masked_issue=masked.instructions * warps / SCHEDULERS,
+        mufu=full.ex2 * warps * 32 / EX2_PER_CLOCK,
+        matrix=flop / rate * max(1, int(repeats)),
+        mix=full.mix(),
+    )
+
+
+def occupancy(arch: Arch, registers: int, num_warps: int, shared_bytes: int) -> int:
+    """CTAs that fit on one multiprocessor; 0 where not even one does, and for AMD, which this does not model."""
+    gpu = GPUS.get(arch)
+    if gpu is None:
+        return 0
+    # Registers are dealt in 256 a warp; each CTA holds 1 KB of shared memory for the system.
+    by_registers = gpu.registers // (-(-registers * 32 // 256) * 256 * num_warps)
+    by_shared = gpu.shared_bytes // (shared_bytes + 1024)
+    return min(by_registers, by_shared, gpu.threads // (32 * num_warps), gpu.blocks)
+
+
+class Tiles(NamedTuple):
+    """Score tiles of one head over a batch: those without a mask, those at a sequence's end, and programs with work."""
+
+    full: int
+    masked: int
+    programs: int
+
+
+def visible_tiles(lengths: np.ndarray, own: int, other: int) -> Tiles:
+    """Tiles of `own` rows a program by `other` a step that self-attention over `lengths` visits, both sides skipped."""
+    programs = -(-lengths // own)
+    full = programs * (lengths // other)
+    masked = programs * (lengths % other > 0)
+    return Tiles(int(full.sum()), int(masked.sum()), int(programs.sum()))
+
+
+def moved_bytes(
+    kernel: str, lengths: np.ndarray, heads: int, head_dim: int, seq: int, itemsize: int
+) -> float:
+    """Bytes to and from memory: inputs at real rows, outputs at every row (padded ones are written as 0)."""
+    real = float(lengths.sum()) * heads
+    every = float(len(lengths)) * seq * heads
+    row = head_dim * itemsize
+    reads, writes, vectors = {
+        "attention_forward_kernel": (3, 1, (0, 1)),
+        "query_gradient_kernel": (5, 1, (1, 2)),
+        "key_gradient_kernel": (4, 2, (2, 0)),
+    }[kernel]
+    return real * (reads * row + 4 * vectors[0]) + every * (writes * row + 4 * vectors[1])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Microseconds a launch cannot beat under the model's assumptions, by bound."""
+
+    issue: float
+    mufu: float
+    matrix: float
+    memory: float
+    compute: float
+    once: float
+
+    @property
+    def floor(self) -> float:
+        return max(self.compute, self.memory)
+
+    @property
+    def expected(self) -> float:
+        return LAUNCH_US + DEPENDENT_LOADS * LATENCY_US + max(self.memory, self.compute + self.once)
+
+    @property
+    def bound(self) -> str:
+        return max(("issue", "mufu", "matrix", "memory"), key=lambda name: getattr(self, name))
+
+
+def predict(
+    kernel: str,
+    costs: Costs,
+    arch: Arch,
+    lengths: np.ndarray,
+    heads: int,
+    head_dim: int,
+    seq: int,
+    itemsize: int,
+) -> Prediction:
+    """Floor of one launch over a padded batch of these lengths, padded rows and keys skipped."""
+    gpu = GPUS[arch]
+    own, other = (costs.block_n, costs.block_m) if kernel in KEY_MAJOR else (costs.block_m, costs.block_n)
+    tiles = visible_tiles(lengths, own, other)
+    scale = heads / (gpu.multiprocessors * gpu.clock_ghz * 1e3)
+    count = tiles.full + tiles.masked
+    cycles = tiles.full * costs.tile_cycles + tiles.masked * costs.masked_tile_cycles
+    return Prediction(
+        issue=(tiles.full * costs.issue + tiles.masked * costs.masked_issue) * scale,
+        mufu=count * costs.mufu * scale,
+        matrix=count * costs.matrix * scale,
+        memory=moved_bytes(kernel, lengths, heads, head_dim, seq, itemsize) / gpu.bytes_per_second * 1e6,
+        compute=cycles * scale,
+        once=tiles.programs * costs.outside * costs.num_warps / SCHEDULERS * scale,
+    )

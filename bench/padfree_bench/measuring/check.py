@@ -1,0 +1,90 @@
+"""No time without the right answer: a peer's output and gradients against fp64 before the clock starts."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from padfree_bench.measuring.cases import DTYPES
+from padfree_bench.measuring.inputs import Answer, Inputs, plain_attention
+from padfree_bench.peers.base import Prepared
+
+# ‖x - truth‖ / ‖truth‖ over the real rows, at most. TF32 (near 3e-4) must not pass as fp32.
+LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2}
+# Below fp32 an implementation may err as much as the plain formula in that dtype does, times this.
+BUDGET_FACTOR = 4.0
+
+
+def limit_of(dtype: str, own_error: float, limits: dict[str, float] = LIMITS) -> float:
+    """The largest relative error that passes where the plain formula in this dtype makes `own_error`."""
+    if dtype == "fp32" or math.isnan(own_error):
+        return limits[dtype]
+    # A quarter of eps is what rounding the result alone costs.
+    return min(limits[dtype], BUDGET_FACTOR * max(own_error, torch.finfo(DTYPES[dtype]).eps / 4))
+
+
+@dataclass
+class Truth(Answer):
+    """The answer in fp64, and by result the relative error up to which a peer's counts as right."""
+
+    limits: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Largest absolute error of the output, relative errors and their limits by name, and which are over them."""
+
+    max_error: float
+    relative: dict[str, float]
+    limits: dict[str, float]
+
+    @property
+    def wrong(self) -> list[str]:
+        # `not <=` and not `>`: NaN is wrong too.
+        return [name for name, error in self.relative.items() if not error <= self.limits.get(name, 0.0)]
+
+    def reason(self) -> str:
+        errors = ", ".join(
+            f"{name} {self.relative[name]:.1e} (limit {self.limits.get(name, 0.0):.0e})"
+            for name in self.wrong
+        )
+        return f"wrong answer, not timed: relative error {errors}"
+
+
+def compute_truth(inputs: Inputs) -> Truth:
+    """The exact answer and the limits that follow from the plain formula's own rounding on the same inputs."""
+    dtype, names = inputs.case.dtype, [field.name for field in fields(Answer)]
+    truth = plain_attention(inputs, torch.float64)
+    own_error = dict.fromkeys(names, 0.0)
+    if dtype != "fp32":
+        own = plain_attention(inputs, DTYPES[dtype])
+        for name in names:
+            own_error[name] = relative_error(getattr(own, name), getattr(truth, name), inputs.keep)[0]
+    return Truth(**vars(truth), limits={name: limit_of(dtype, own_error[name]) for name in names})
+
+
+def relative_error(actual: Tensor, truth: Tensor, keep: Tensor) -> tuple[float, float]:
+    """(relative, largest absolute) error over the real rows; actual and truth [B, H, S, D], keep [B, S]."""
+    rows = keep[:, None, :, None]
+    difference = torch.where(rows, actual.double() - truth, 0.0)
+    expected = torch.where(rows, truth, 0.0)
+    return float(difference.norm() / expected.norm()), float(difference.abs().max())
+
+
+def check(prepared: Prepared, inputs: Inputs, truth: Truth, training: bool) -> Verdict:
+    """Run the peer once and compare; an answer of another shape is wrong too."""
+    keep, limits = inputs.keep, truth.limits
+    result = prepared.forward()
+    out = prepared.output(result.detach())
+    if out.shape != truth.out.shape:
+        return Verdict(float("nan"), {f"shape {tuple(out.shape)}": float("nan")}, limits)
+    error, worst = relative_error(out, truth.out, keep)
+    relative = {"out": error}
+    if training:
+        grads = prepared.grads(torch.autograd.grad(result, prepared.leaves, prepared.d_out))
+        for name, grad, expected in zip(
+            ("d_query", "d_key", "d_value"), grads, (truth.d_query, truth.d_key, truth.d_value), strict=True
+        ):
+            relative[name] = relative_error(grad, expected, keep)[0]
+    return Verdict(worst, relative, limits)

@@ -1,0 +1,85 @@
+"""Peak memory of a call, and what a profile of one call shows: launches, host synchronisations, kernel names."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from padfree_bench.measuring.results import Row
+from padfree_bench.suites.session import first_line
+
+MIB = 2**20
+SYNC_CALLS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "cuStreamSynchronize",
+)
+MARK = "padfree_bench_call"
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes held at once during the call, above what was held before it; its result is released after.
+
+    On a GPU the caching allocator's own count, on a CPU every allocation that torch's profiler reports.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        call()
+    held = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def fill_launches(row: Row, call: Callable[[], object]) -> None:
+    """Launches and host waits of one call into its row; a profiler that does not work costs these figures alone."""
+    try:
+        seen = count_launches(call)
+    except Exception as error:  # noqa: BLE001 - CUPTI is refused in many ways
+        row.remark(f"launches not counted: {first_line(error)}")
+        return
+    row.launches, row.syncs = seen.launches, seen.syncs
+    row.ran = f"{row.ran} ({seen.kernel[:60]})" if seen.kernel else row.ran
+
+
+@dataclass(frozen=True)
+class Launches:
+    """GPU operations of one call (kernels, copies, fills), host waits inside it, and the longest kernel's name."""
+
+    launches: int
+    syncs: int
+    kernel: str
+
+
+def count_launches(call: Callable[[], object]) -> Launches:
+    """Profile one warm call on a GPU."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+        with record_function(MARK):
+            call()
+        torch.cuda.synchronize()
+    events = list(profiler.profiler.kineto_results.events())  # type: ignore[union-attr]
+    on_device = [
+        e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and MARK not in e.name()
+    ]
+    mark = next(e for e in events if e.name() == MARK and e.device_type() == torch.autograd.DeviceType.CPU)
+    begin, end = mark.start_ns(), mark.start_ns() + mark.duration_ns()
+    syncs = [e for e in events if e.name() in SYNC_CALLS and begin <= e.start_ns() <= end]
+    longest = max(on_device, key=lambda e: e.duration_ns(), default=None)
+    return Launches(len(on_device), len(syncs), longest.name() if longest is not None else "")

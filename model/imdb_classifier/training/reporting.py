@@ -1,0 +1,156 @@
+"""What a run tells: a progress bar or plain lines, metrics as JSON lines and TensorBoard, a plot."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from imdb_classifier.checkpoints.checkpoint import Position
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "curves.png"
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """How far a pass over reviews is: a bar where standard error is a terminal, else a line every ten seconds.
+
+    Args:
+        label: what is going on, at the front of bar and line.
+        total: steps of the whole pass, each a `unit`; `done` of them are behind it already.
+        say: where the lines go.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, say: Callable[[str], None], done: int = 0):
+        self.label, self.total, self.unit, self.say, self.done = label, total, unit, say, done
+        self._began = self._said_at = time.monotonic()
+        self._reviews = 0
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False)
+
+    def advance(self, steps: int, reviews: int, note: str = "") -> None:
+        """After `steps` more steps, in which `reviews` were computed; `note` stands before their rate."""
+        self.done = min(self.done + steps, self.total)
+        self._reviews += reviews
+        now = time.monotonic()
+        rate = f"{note}{self._reviews / max(now - self._began, 1e-9):,.0f} reviews/s"
+        if self._bar is not None:
+            self._bar.update(self.done - self._bar.n)
+            self._bar.set_postfix_str(rate, refresh=False)
+        elif now - self._said_at >= SECONDS_BETWEEN_LINES:
+            self._said_at = now
+            self.say(f"{self.label}: {self.unit} {self.done:,}/{self.total:,}, {rate}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+@contextmanager
+def progress_of(label: str, reviews: int, active: bool) -> Iterator[Callable[[int], None]]:
+    """For a command whose standard output is its result: tells `reviews` on standard error; call it per batch.
+
+    The function that is returned takes the number of reviews in the batch; where not `active` it does nothing.
+    """
+    if not active:
+        yield lambda batch: None
+        return
+    progress = Progress(label, reviews, "review", lambda line: print(line, file=sys.stderr, flush=True))
+    try:
+        yield lambda batch: progress.advance(batch, batch)
+    finally:
+        progress.close()
+
+
+class Reporter:
+    """Writes only where `active` (the main process); every method may be called everywhere."""
+
+    def __init__(self, run_folder: Path, active: bool, position: Position):
+        self.run_folder = run_folder
+        self.active = active
+        self._progress: Progress | None = None
+        self._board: Any = None
+        if active:
+            self._drop_metrics_after(position)
+            self._file = (run_folder / METRICS_FILE).open("a", encoding="utf-8")
+            self._board = self._open_board()
+
+    def _drop_metrics_after(self, position: Position) -> None:
+        """A resumed run repeats the batches after its checkpoint; their old lines would stand twice."""
+        path = self.run_folder / METRICS_FILE
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                if Position(record["epoch"], record["batch"]) <= position:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                # The last line of a killed run may be cut short.
+                continue
+        rewritten = path.with_name(f".{path.name}")
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        rewritten.replace(path)
+
+    def _open_board(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.say("TensorBoard log: not written, pip install tensorboard to have one")
+            return None
+        return SummaryWriter(str(self.run_folder / "tensorboard"))
+
+    def say(self, line: str) -> None:
+        if self.active:
+            print(line, flush=True)
+
+    def metrics(self, position: Position, step: int, values: dict[str, Any]) -> None:
+        """One JSON line, and a TensorBoard point at `step` for each number."""
+        if not self.active:
+            return
+        record = {"epoch": position.epoch, "batch": position.batch, "step": step, **values}
+        self._file.write(json.dumps(record, sort_keys=True) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, step)
+
+    def start_epoch(self, number: int, epochs: int, done: int, total: int) -> None:
+        if self.active:
+            self._progress = Progress(f"epoch {number}/{epochs}", total, "batch", self.say, done)
+
+    def step(self, done: int, reviews: int, mean_loss: float) -> None:
+        """After each batch: `done` batches of the epoch, `reviews` in this one, the epoch's mean loss so far."""
+        if self._progress is not None:
+            self._progress.advance(done - self._progress.done, reviews, f"loss {mean_loss:.4f}, ")
+
+    def end_epoch(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+    def plot(self, history: list[dict[str, Any]]) -> None:
+        if not self.active:
+            return
+        try:
+            from imdb_classifier.training.plotting import plot_history
+
+            plot_history(history, self.run_folder / PLOT_FILE)
+        except ModuleNotFoundError as error:
+            self.say(f"plot: not drawn, pip install {error.name} to have one")
+
+    def close(self) -> None:
+        self.end_epoch()
+        if self.active:
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
