@@ -83,7 +83,7 @@ soak: $(VENV)/.test triton-3.6.0 ## 20,000 generated examples, every ahead-of-ti
 
 aot: $(VENV)/.test triton-3.6.0 ## compile every configuration for sm_80, sm_90, sm_100 and gfx942 with Triton 3.6.0 and 3.7.1, and print what came out
 	$(BIN)/pytest -q tests/test_aot.py -m "soak or not soak"
-	$(BIN)/python -m bench compile-report --arch 80 90 100 gfx942 --roads all
+	$(BIN)/python -m bench compile-report --arch 80 90 100 gfx942 --variants all
 
 faults: $(VENV)/.test ## plant every fault of tests/faults in a scratch copy and count those that go unseen
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults

@@ -1,6 +1,6 @@
 """A GPU that is not there: PADFREE_STANDIN_GPU=1 runs the kernels' tests up to the kernel and asks where its tensors are.
 
-torch's meta device stands in for the GPU: the kernel's front door refuses tensors of the CPU as on a GPU machine, and so does
+torch's meta device stands in for the GPU: the kernel's entry point refuses tensors of the CPU as on a GPU machine, and so does
 every operation on tensors of both. Nothing is computed: a test ends, as passed, at its first call that the kernel would
 take, or where it looks at a number. TRITON_INTERPRET=0 leaves the interpreter's checker out.
 """

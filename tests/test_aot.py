@@ -24,9 +24,9 @@ import triton
 
 from padfree._triton.configs import TABLE
 from padfree_bench.compiled.aot import ARCHS, Arch
-from padfree_bench.compiled.aot_calls import KERNELS, ROADS, SHAPES, Target, roads_of, table_targets
+from padfree_bench.compiled.aot_calls import KERNELS, SHAPES, VARIANTS, Target, table_targets, variants_of
 from padfree_bench.compiled.aot_facts import ATOMICS, narrow_offsets
-from padfree_bench.compiled.compile_report import ROAD_HEAD_DIMS
+from padfree_bench.compiled.compile_report import VARIANT_HEAD_DIMS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
@@ -41,18 +41,18 @@ COMPILERS = {
 
 
 def commit_targets() -> list[Target]:
-    """What every commit compiles: each kernel for each architecture, the main head dims, one road with everything."""
+    """What every commit compiles: each kernel for each architecture, the main head dims, one variant with everything."""
 
     def target(arch: Arch, name: str, dtype: str, head_dim: int) -> Target:
-        return Target(arch, name, dtype, head_dim, road=roads_of(name, ("padded",))[0])
+        return Target(arch, name, dtype, head_dim, variant=variants_of(name, ("padded",))[0])
 
     targets = [target(90, name, "bfloat16", dim) for name in PASSES for dim in (8, 16, 64, 128)]
     targets += [
-        Target(90, name, "bfloat16", 64, road=road)
+        Target(90, name, "bfloat16", 64, variant=variant)
         for name in ("forward", "query_gradient", "key_gradient")
-        for road in ("keys", "packed", "window", "dense", "dropout", "bool", "bias")
+        for variant in ("keys", "packed", "window", "dense", "dropout", "bool", "bias")
     ]
-    targets += [Target(90, name, "bfloat16", 64, road="everything") for name in PASSES]
+    targets += [Target(90, name, "bfloat16", 64, variant="everything") for name in PASSES]
     targets += [Target(90, "forward", "bfloat16", 64, shape=shape) for shape in ("ones", "neither")]
     targets += [target(arch, name, "float32", 64) for arch in (90, 100) for name in PASSES]
     targets += [target(80, name, "float16", 32) for name in PASSES]
@@ -60,21 +60,21 @@ def commit_targets() -> list[Target]:
 
 
 def all_targets() -> list[Target]:
-    """Every row, dtype and architecture; on sm_90 also every road and shape kind at the main head dims.
+    """Every row, dtype and architecture; on sm_90 also every variant and shape kind at the main head dims.
 
-    Elsewhere one road with everything stands for them. fp16 differs from bf16 in the operand type of its matrix
-    instructions alone, so roads are compiled for one of them.
+    Elsewhere one variant with everything stands for them. fp16 differs from bf16 in the operand type of its matrix
+    instructions alone, so variants are compiled for one of them.
     """
-    roads = [
-        target for target in table_targets(ARCHS, tuple(ROADS))
-        if target.head_dim in ROAD_HEAD_DIMS and target.dtype != "float16"
-        and (target.arch == 90 or target.road == "everything")
+    variants = [
+        target for target in table_targets(ARCHS, tuple(VARIANTS))
+        if target.head_dim in VARIANT_HEAD_DIMS and target.dtype != "float16"
+        and (target.arch == 90 or target.variant == "everything")
     ]  # fmt: skip
     shapes = [
-        replace(target, shape=shape) for target in roads for shape in SHAPES
-        if target.arch == 90 and target.road in ("padded", "everything")
+        replace(target, shape=shape) for target in variants for shape in SHAPES
+        if target.arch == 90 and target.variant in ("padded", "everything")
     ]  # fmt: skip
-    return list(dict.fromkeys([*table_targets(ARCHS), *roads, *shapes]))
+    return list(dict.fromkeys([*table_targets(ARCHS), *variants, *shapes]))
 
 
 def run_compiler(question: str, version: str, kernels: Path) -> str:
@@ -130,7 +130,7 @@ def kernel_name(fact: dict[str, Any]) -> str:
         fact["arch"],
         fact["dtype"],
         f"D{fact['head_dim']}",
-        fact["road"],
+        fact["variant"],
         fact["shape"],
         tile,
     )
@@ -158,8 +158,8 @@ def test_each_kernel_is_compiled_for_the_architecture_it_is_reported_for(facts: 
     assert_none(lambda fact: fact["target"] if fact["target"] != str(fact["arch"]) else "", facts)
 
 
-# Bytes a thread of roads and shapes in which ptxas keeps two to eight registers outside the loop on the stack, whatever
-# number of registers it is allowed (NOTES.md, 2026-11-24). A row's own road is never here.
+# Bytes a thread of variants and shapes in which ptxas keeps two to eight registers outside the loop on the stack, whatever
+# number of registers it is allowed (NOTES.md, 2026-11-24). A row's own variant is never here.
 CORNERS = {
     "3.7.1": {
         ("forward", 90, "float32", 64, "bool", "sixteens"): 8,
@@ -194,7 +194,7 @@ WIDE = {"3.7.1": (304, 0), "3.6.0": (344, 2)}
 
 
 def corner_of(fact: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(fact[name] for name in ("passname", "arch", "dtype", "head_dim", "road", "shape"))
+    return tuple(fact[name] for name in ("passname", "arch", "dtype", "head_dim", "variant", "shape"))
 
 
 def stack_allowed(fact: dict[str, Any]) -> int:
@@ -255,7 +255,9 @@ def test_kernels_that_meet_in_a_weight_round_it_alike(facts: list[dict[str, Any]
         return f"{fact['fused']} fused, expected {expected:g}" if fact["fused"] != expected else ""
 
     with_bias = [
-        f for f in facts if f["road"] in ("bias", "everything") and not f["kernel"].startswith("single_query")
+        f
+        for f in facts
+        if f["variant"] in ("bias", "everything") and not f["kernel"].startswith("single_query")
     ]
     assert_none(broken, with_bias)
 
@@ -278,7 +280,7 @@ def test_a_planted_branch_around_the_products_is_found(version: str, tmp_path: P
     )
     branch = "        see = tl.max(keep_n.to(tl.int32), 0) > 0 if MASKED else True\n        if see:\n"
     source.write_text(head + branch + textwrap.indent(products, "    ") + tail)
-    question = json.dumps([asdict(Target(90, "forward", "bfloat16", 64, road="window"))])
+    question = json.dumps([asdict(Target(90, "forward", "bfloat16", 64, variant="window"))])
     (fact,) = json.loads(run_compiler(question, version, tmp_path / "kernels"))
     assert fact["serialized"] == "C7515"
 

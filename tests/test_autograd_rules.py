@@ -36,26 +36,26 @@ def padded_call(impl: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return padfree.attention(query, key, value, padding.expand(query.shape[0], -1), impl=impl)
 
 
-DOORS = {"attention": padded_call, "attention_varlen": packed_call, "attention_qkvpacked": fused_call}
+ENTRY_POINTS = {"attention": padded_call, "attention_varlen": packed_call, "attention_qkvpacked": fused_call}
 
 
 # autocast
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_computes_in_its_dtype_as_for_sdpa(
-    low: torch.dtype, door: str, impl: str, device: torch.device
+    low: torch.dtype, entry_point: str, impl: str, device: torch.device
 ) -> None:
     leaves = [x.requires_grad_() for x in three()]
     # as projections and norms leave them under autocast: some cast, some not
     query, key, value = leaves[0], leaves[1].to(low), leaves[2].double().float()
     with torch.autocast(device.type, low):
-        out = DOORS[door](impl, query, key, value)
+        out = ENTRY_POINTS[entry_point](impl, query, key, value)
     grads = torch.autograd.grad(out.float().square().sum(), leaves)
     by_hand = [x.detach().to(low).requires_grad_() for x in leaves]
-    wanted = DOORS[door](impl, *by_hand)
+    wanted = ENTRY_POINTS[entry_point](impl, *by_hand)
     wanted_grads = torch.autograd.grad(wanted.float().square().sum(), by_hand)
     assert out.dtype == low and torch.equal(out, wanted)
     for one, other in zip(grads, wanted_grads, strict=True):
@@ -94,7 +94,7 @@ def test_autocast_compiles_into_one_graph(device: torch.device) -> None:
 # torch.func
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.parametrize(
     "transform",
     [
@@ -106,10 +106,12 @@ def test_autocast_compiles_into_one_graph(device: torch.device) -> None:
 )
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_reverse_mode_transforms_agree_with_the_reference(
-    transform: Callable[..., tuple[Tensor, ...]], door: str
+    transform: Callable[..., tuple[Tensor, ...]], entry_point: str
 ) -> None:
     inputs = three(shape=(1, 1, 5, 4))
-    got, wanted = (transform(partial(DOORS[door], impl), inputs) for impl in ("triton", "reference"))
+    got, wanted = (
+        transform(partial(ENTRY_POINTS[entry_point], impl), inputs) for impl in ("triton", "reference")
+    )
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -122,10 +124,10 @@ def test_vmap_runs_sample_by_sample() -> None:
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_what_the_kernel_cannot_derive_is_refused_in_our_words(door: str) -> None:
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_what_the_kernel_cannot_derive_is_refused_in_our_words(entry_point: str) -> None:
     inputs = three()
-    call = partial(DOORS[door], "triton")
+    call = partial(ENTRY_POINTS[entry_point], "triton")
 
     def loss(*x: Tensor) -> Tensor:
         return call(*x).square().sum()

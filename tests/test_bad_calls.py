@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bad_calls import BAD_CALLS, DOORS, BadCall
+from bad_calls import BAD_CALLS, ENTRY_POINTS, BadCall
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_launch")
 @pytest.mark.parametrize("bad_call", BAD_CALLS, ids=[f"{row[0]}: {row[1]}" for row in BAD_CALLS])
 def test_a_wrong_call_is_refused_by_name_before_any_launch(bad_call: BadCall) -> None:
-    door, _, wrong, exception, argument, got = bad_call
-    function, right = DOORS[door]
+    entry_point, _, wrong, exception, argument, got = bad_call
+    function, right = ENTRY_POINTS[entry_point]
     arguments: dict[str, Any] = right()
     if "impl" in inspect.signature(function).parameters:
         arguments["impl"] = "triton"
@@ -39,9 +39,9 @@ def test_a_wrong_call_is_refused_by_name_before_any_launch(bad_call: BadCall) ->
     assert got in message, f"{got!r} is not in: {message}"
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_the_call_that_the_wrong_ones_differ_from_is_accepted(door: str) -> None:
-    function, right = DOORS[door]
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_the_call_that_the_wrong_ones_differ_from_is_accepted(entry_point: str) -> None:
+    function, right = ENTRY_POINTS[entry_point]
     result = function(**right())
     assert isinstance(result, torch.Tensor) and bool(result.isfinite().all())
 

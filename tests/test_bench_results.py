@@ -356,7 +356,7 @@ class TestReadme:
         )
 
 
-class TestDoors:
+class TestEntryPoints:
     def test_python_m_bench_lists_every_command(self) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "bench", "--help"], cwd=ROOT, check=False, capture_output=True, text=True

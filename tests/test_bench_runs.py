@@ -109,7 +109,7 @@ class TestFaults:
     ) -> None:
         slow = Ceilings(1.0, {"fp32": 1.0}, 1.0)
         for module in ("session", "attention"):
-            monkeypatch.setattr(f"padfree_bench.{module}.measure_ceilings", lambda *_: slow)
+            monkeypatch.setattr(f"padfree_bench.suites.{module}.measure_ceilings", lambda *_: slow)
         assert cli.main([*QUICK, "--peers", "sdpa", "--output", str(tmp_path)]) == 1
         assert "FAULT: 2 figures" in capsys.readouterr().err
         result = load(next(tmp_path.glob("*/attention.json")))

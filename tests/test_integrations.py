@@ -1,4 +1,4 @@
-"""transformers models with padfree by name: the same outputs as their own attention, and a road one can see."""
+"""transformers models with padfree by name: the same outputs as their own attention, and a variant one can see."""
 
 import copy
 import warnings

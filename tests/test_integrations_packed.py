@@ -1,4 +1,4 @@
-"""Sequences packed in one row, as transformers' flattening collator makes them: none may see another, on any road."""
+"""Sequences packed in one row, as transformers' flattening collator makes them: none may see another, on any variant."""
 
 import pytest
 import torch

@@ -155,7 +155,7 @@ def test_a_0_1_padding_mask_is_refused(dtype: torch.dtype) -> None:
 
 
 def test_every_grad_mode_computes_the_same_bits() -> None:
-    """torch#97111, torch#86120: the inference fast path took another road and cut the output short."""
+    """torch#97111, torch#86120: the inference fast path took another variant and cut the output short."""
     inputs = make_inputs(2, 2, 17, 17, 16, padding="right")
     call = (inputs.query, inputs.key, inputs.value, inputs.key_padding_mask)
     trained = KERNEL(inputs.query.clone().requires_grad_(), *call[1:])

@@ -179,13 +179,13 @@ def test_every_configuration_gives_the_same_answer(
 ) -> None:
     """fla#1228, triton#6547, triton#4217, triton#781, triton#9230: a bad configuration hid behind a good one."""
     config = CONFIGS[tiles]
-    roads = (
+    variants = (
         "launch_forward",
         "launch_backward",
         "launch_single_query_forward",
         "launch_single_query_backward",
     )
-    for launch in roads:
+    for launch in variants:
         names = ("query_config", "key_config", "mask_config") if launch == "launch_backward" else ("config",)
         monkeypatch.setattr(
             operators, launch, partial(getattr(operators, launch), **dict.fromkeys(names, config))

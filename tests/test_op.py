@@ -88,16 +88,16 @@ def test_the_operator_of_a_fused_buffer_passes_all_checks_of_opcheck(device):
     assert set(checked.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("road", ("padded", "one query", "varlen", "qkvpacked"))
-def test_compiled_as_one_graph_for_any_length_it_gives_the_same_bits(road, device):
+@pytest.mark.parametrize("variant", ("padded", "one query", "varlen", "qkvpacked"))
+def test_compiled_as_one_graph_for_any_length_it_gives_the_same_bits(variant, device):
     def attend(x, padding, cu):
-        if road == "padded":
+        if variant == "padded":
             q, k, v = x.unbind(0)
             return kernel(q, k, v, padding, window=(3, None), skip_padded_queries=True)
-        if road == "one query":
+        if variant == "one query":
             q, k, v = x.unbind(0)
             return kernel(q[:, :, :1], k, v, padding)
-        if road == "varlen":
+        if variant == "varlen":
             q, k, v = (y[0].transpose(0, 1) for y in x.unbind(0))
             return padfree.attention_varlen(q, k, v, cu, cu, x.shape[3], x.shape[3], impl="triton")
         return padfree.attention_qkvpacked(x.permute(1, 3, 0, 2, 4), padding, impl="triton")

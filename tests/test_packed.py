@@ -29,7 +29,7 @@ def offsets(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def packed_attention(lengths: tuple[tuple[int, ...], tuple[int, ...]], device: torch.device):
-    """attention_varlen behind the doors of the padded form with B = 1, so that `run` can differentiate it."""
+    """attention_varlen behind the entry points of the padded form with B = 1, so that `run` can differentiate it."""
     query_lengths, key_lengths = lengths
 
     def attend(query, key, value, key_padding_mask=None, *, attn_mask=None, **options: Any):

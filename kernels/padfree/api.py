@@ -1,4 +1,4 @@
-"""The front door for padded batches: check the call, choose who computes it, hand it on."""
+"""The entry point for padded batches: check the call, choose who computes it, hand it on."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The front doors for packed sequences and for one fused QKV buffer."""
+"""The entry point for packed sequences and for one fused QKV buffer."""
 
 from functools import partial
 from typing import Any

@@ -1,10 +1,10 @@
-"""The table of wrong calls: every door of the library, and what can be wrong with each of its arguments."""
+"""The table of wrong calls: every entry point of the library, and what can be wrong with each of its arguments."""
 
-from bad_calls.doors import DOORS, BadCall
+from bad_calls.entry_points import ENTRY_POINTS, BadCall
 from bad_calls.options import options, sequences, singles
 from bad_calls.tensors import attn_masks, layouts, padding_masks, tensors
 
-__all__ = ["BAD_CALLS", "DOORS", "BadCall"]
+__all__ = ["BAD_CALLS", "ENTRY_POINTS", "BadCall"]
 
 BAD_CALLS = [
     *tensors("attention"),
@@ -20,5 +20,5 @@ BAD_CALLS = [
     *sequences("attention_varlen", "cu_seqlens_k", "max_seqlen_k"),
     *sequences("attention_qkvpacked_varlen", "cu_seqlens", "max_seqlen"),
     *singles(),
-    *(row for door in DOORS for row in layouts(door)),
+    *(row for entry_point in ENTRY_POINTS for row in layouts(entry_point)),
 ]

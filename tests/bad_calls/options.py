@@ -1,15 +1,15 @@
-"""Wrong options, sequence ends, and what only one door can get wrong."""
+"""Wrong options, sequence ends, and what only one entry point can get wrong."""
 
 import math
 from typing import Any
 
 import torch
 
-from bad_calls.doors import TOKENS, B, BadCall, D, H, S
+from bad_calls.entry_points import TOKENS, B, BadCall, D, H, S
 
 
-def options(door: str) -> list[BadCall]:
-    """Wrong options that every door shares."""
+def options(entry_point: str) -> list[BadCall]:
+    """Wrong options that every entry point shares."""
     rows: list[tuple[str, dict[str, Any], type[Exception], str, str]] = [
         ("dropout_p above 1", {"dropout_p": 1.5}, ValueError, "dropout_p", "1.5"),
         ("dropout_p of 1", {"dropout_p": 1.0}, ValueError, "dropout_p", "1.0"),
@@ -30,10 +30,10 @@ def options(door: str) -> list[BadCall]:
         ("an impl of None", {"impl": None}, ValueError, "impl", "None"),
         ("an integer return_lse", {"return_lse": 1}, TypeError, "return_lse", "int"),
     ]
-    return [(door, *row) for row in rows]
+    return [(entry_point, *row) for row in rows]
 
 
-def sequences(door: str, ends: str, length: str) -> list[BadCall]:
+def sequences(entry_point: str, ends: str, length: str) -> list[BadCall]:
     """Wrong cu_seqlens and max_seqlen."""
     good = torch.tensor([0, 4, TOKENS], dtype=torch.int32)
     rows: list[tuple[str, dict[str, Any], type[Exception], str, str]] = [
@@ -48,11 +48,11 @@ def sequences(door: str, ends: str, length: str) -> list[BadCall]:
         (f"a bool {length}", {length: True}, TypeError, length, "bool"),
         (f"a negative {length}", {length: -1}, ValueError, length, "-1"),
     ]
-    return [(door, *row) for row in rows]
+    return [(entry_point, *row) for row in rows]
 
 
 def singles() -> list[BadCall]:
-    """What only one door can get wrong."""
+    """What only one entry point can get wrong."""
     narrow = torch.zeros(B + 1, H, S, D)
     short = torch.zeros(B, H, S - 1, D)
     mask = torch.zeros(B, S, dtype=torch.bool)

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bad_calls.doors import DOORS, TOKENS, B, BadCall, D, H, S
+from bad_calls.entry_points import ENTRY_POINTS, TOKENS, B, BadCall, D, H, S
 
 
-def tensors(door: str) -> list[BadCall]:
+def tensors(entry_point: str) -> list[BadCall]:
     """Wrong query, key and value."""
-    shape = (B, H, S, D) if door == "attention" else (TOKENS, H, D)
+    shape = (B, H, S, D) if entry_point == "attention" else (TOKENS, H, D)
     sizes = list(shape)
     wide = [*shape[:-1], 2 * D]
     rows: list[tuple[str, dict[str, Any], type[Exception], str, str]] = [
@@ -100,10 +100,10 @@ def tensors(door: str) -> list[BadCall]:
             "257",
         ),
     ]
-    return [(door, *row) for row in rows]
+    return [(entry_point, *row) for row in rows]
 
 
-def padding_masks(door: str) -> list[BadCall]:
+def padding_masks(entry_point: str) -> list[BadCall]:
     """key_padding_mask in all the forms in which other libraries read it wrongly or silently."""
     good = torch.zeros(B, S, dtype=torch.bool)
     rows: list[tuple[str, dict[str, Any], type[Exception], str, str]] = [
@@ -154,7 +154,7 @@ def padding_masks(door: str) -> list[BadCall]:
             "meta",
         ),
     ]
-    return [(door, *row) for row in rows]
+    return [(entry_point, *row) for row in rows]
 
 
 def attn_masks() -> list[BadCall]:
@@ -178,22 +178,31 @@ def attn_masks() -> list[BadCall]:
     ]
 
 
-def layouts(door: str) -> list[BadCall]:
-    """Every tensor argument of the door as a nested and as a sparse tensor."""
-    arguments = {name: x for name, x in DOORS[door][1]().items() if isinstance(x, torch.Tensor)}
-    if door in ("attention", "attention_qkvpacked"):
+def layouts(entry_point: str) -> list[BadCall]:
+    """Every tensor argument of the entry point as a nested and as a sparse tensor."""
+    arguments = {name: x for name, x in ENTRY_POINTS[entry_point][1]().items() if isinstance(x, torch.Tensor)}
+    if entry_point in ("attention", "attention_qkvpacked"):
         arguments["key_padding_mask"] = torch.zeros(B, S, dtype=torch.bool)
-    if door == "attention":
+    if entry_point == "attention":
         arguments["attn_mask"] = torch.zeros(B, H, S, S)
-    if door == "attention_weights":
+    if entry_point == "attention_weights":
         arguments["rows"] = torch.zeros(1, dtype=torch.int64)
     rows: list[BadCall] = []
     for name, tensor in arguments.items():
         for layout in (torch.strided, torch.jagged):
             nested = torch.nested.as_nested_tensor([tensor, tensor], layout=layout)
             rows.append(
-                (door, f"a nested {name} of layout {layout}", {name: nested}, TypeError, name, "nested")
+                (
+                    entry_point,
+                    f"a nested {name} of layout {layout}",
+                    {name: nested},
+                    TypeError,
+                    name,
+                    "nested",
+                )
             )
         sparse = tensor.to_sparse()
-        rows.append((door, f"a sparse {name} of any argument", {name: sparse}, TypeError, name, "sparse_coo"))
+        rows.append(
+            (entry_point, f"a sparse {name} of any argument", {name: sparse}, TypeError, name, "sparse_coo")
+        )
     return rows

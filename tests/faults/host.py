@@ -99,7 +99,7 @@ FAULTS = [
         fragment="lse2, d_out, d_lse2, split_qkv(d_qkv))", replacement="lse2, d_out, d_lse2, split_qkv(d_qkv)[::-1])",
     ),
     op(
-        "grouped heads take the single query's road", "ownership",
+        "grouped heads take the single query's kernel", "ownership",
         fragment="single = call.max_q == 1 and call.heads == call.kv_heads", replacement="single = call.max_q == 1",
     ),
     checks(

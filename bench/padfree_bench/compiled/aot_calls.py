@@ -1,4 +1,4 @@
-"""Which launches the compiled evidence covers: every row of the configuration table, every road, every shape kind.
+"""Which launches the compiled evidence covers: every row of the configuration table, every variant, every shape kind.
 
 Tensors are on the meta device: a launch that is only compiled reads shapes, strides and dtypes, so a sequence
 of any length costs nothing.
@@ -20,7 +20,7 @@ KIND_DTYPES = {"half": (torch.bfloat16, torch.float16), "float": (torch.float32,
 
 
 @dataclass(frozen=True)
-class Road:
+class Variant:
     """One combination of the options that select code in the kernels."""
 
     padding: bool = True
@@ -35,19 +35,19 @@ class Road:
     scale: float | None = None
 
 
-ROADS = {
-    "padded": Road(),
-    "keys": Road(skip=False),
-    "dense": Road(padding=False, skip=False),
-    "packed": Road(padding=False, skip=False, packed=True),
-    "dropout": Road(dropout=True),
-    "window": Road(left=64, right=64),
-    "causal": Road(right=0),
-    "bool": Road(skip=False, attn_mask="bool"),
-    "bias": Road(skip=False, attn_mask="bias"),
-    "grouped": Road(group=2, lse_gradient=True),
-    "unit scale": Road(scale=1.0),
-    "everything": Road(
+VARIANTS = {
+    "padded": Variant(),
+    "keys": Variant(skip=False),
+    "dense": Variant(padding=False, skip=False),
+    "packed": Variant(padding=False, skip=False, packed=True),
+    "dropout": Variant(dropout=True),
+    "window": Variant(left=64, right=64),
+    "causal": Variant(right=0),
+    "bool": Variant(skip=False, attn_mask="bool"),
+    "bias": Variant(skip=False, attn_mask="bias"),
+    "grouped": Variant(group=2, lse_gradient=True),
+    "unit scale": Variant(scale=1.0),
+    "everything": Variant(
         skip=False, attn_mask="bias", dropout=True, left=64, right=64, group=2, lse_gradient=True
     ),
 }
@@ -67,14 +67,14 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Target:
-    """One thing to compile: a row of the table, for a dtype and an architecture, on a road, in a shape kind."""
+    """One thing to compile: a row of the table, for a dtype and an architecture, of a variant, in a shape kind."""
 
     arch: Arch
     passname: str
     dtype: str
     head_dim: int
     row: int = 0
-    road: str = "padded"
+    variant: str = "padded"
     shape: str = "sixteens"
 
     @property
@@ -93,37 +93,39 @@ class Target:
 
 def make_call(target: Target) -> Call:
     """The call that leads to the target's row, on the meta device."""
-    road, (batch, heads, odd) = ROADS[target.road], SHAPES[target.shape]
+    variant, (batch, heads, odd) = VARIANTS[target.variant], SHAPES[target.shape]
     seq, head_dim, dtype = target.seq - odd, target.head_dim - odd, getattr(torch, target.dtype)
-    if road.group > 1:
-        heads *= road.group
-    kv_heads = heads // road.group
+    if variant.group > 1:
+        heads *= variant.group
+    kv_heads = heads // variant.group
 
     rows = 1 if target.passname == "single_query" else seq
 
     def tensor(count: int, seq: int) -> Tensor:
-        shape = (1, batch * seq, count, head_dim) if road.packed else (batch, seq, count, head_dim)
+        shape = (1, batch * seq, count, head_dim) if variant.packed else (batch, seq, count, head_dim)
         return torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2)
 
-    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta") if road.packed else None
-    mask_dtype = torch.bool if road.attn_mask == "bool" else dtype
-    mask = torch.empty(batch, heads, rows, seq, dtype=mask_dtype, device="meta") if road.attn_mask else None
+    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta") if variant.packed else None
+    mask_dtype = torch.bool if variant.attn_mask == "bool" else dtype
+    mask = (
+        torch.empty(batch, heads, rows, seq, dtype=mask_dtype, device="meta") if variant.attn_mask else None
+    )
     return Call(
         query=tensor(heads, rows),
         key=tensor(kv_heads, seq),
         value=tensor(kv_heads, seq),
-        padding=torch.empty(batch, seq, dtype=torch.bool, device="meta") if road.padding else None,
+        padding=torch.empty(batch, seq, dtype=torch.bool, device="meta") if variant.padding else None,
         attn_mask=mask,
-        seed=torch.empty(1, dtype=torch.int64, device="meta") if road.dropout else None,
+        seed=torch.empty(1, dtype=torch.int64, device="meta") if variant.dropout else None,
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_k=cu_seqlens,
         max_q=rows,
         max_k=seq,
-        scale=road.scale or target.head_dim**-0.5,
-        dropout_p=0.1 if road.dropout else 0.0,
-        left=road.left,
-        right=road.right,
-        skip_padded_queries=road.skip and rows == seq,
+        scale=variant.scale or target.head_dim**-0.5,
+        dropout_p=0.1 if variant.dropout else 0.0,
+        left=variant.left,
+        right=variant.right,
+        skip_padded_queries=variant.skip and rows == seq,
     )
 
 
@@ -133,23 +135,23 @@ def compile_target(target: Target) -> list[Compiled]:
     arguments = [getattr(call, field.name) for field in fields(call)]
     lse = torch.empty(call.query.shape[:3], device="meta")
     out = heads_last(call.query)
-    d_lse = torch.empty_like(lse) if ROADS[target.road].lse_gradient else None
+    d_lse = torch.empty_like(lse) if VARIANTS[target.variant].lse_gradient else None
     saved = (out, lse, torch.empty_like(out), d_lse)
     with compile_only(target.arch, KERNELS[target.passname]) as compiled:
         operators._forward(*arguments)
-        operators._backward(*saved, *arguments, ROADS[target.road].attn_mask == "bias")
+        operators._backward(*saved, *arguments, VARIANTS[target.variant].attn_mask == "bias")
     return compiled
 
 
-def table_targets(archs: tuple[Arch, ...], roads: tuple[str, ...] = ("padded",)) -> Iterator[Target]:
+def table_targets(archs: tuple[Arch, ...], variants: tuple[str, ...] = ("padded",)) -> Iterator[Target]:
     """Every row of the table on every architecture that takes it, in every dtype of its kind."""
     for arch in archs:
         for (passname, kind, head_dim), rows in configs.TABLE.items():
             for index, row in enumerate(rows):
                 for dtype in KIND_DTYPES[kind]:
-                    for road in roads_of(passname, roads):
+                    for variant in variants_of(passname, variants):
                         target = Target(
-                            arch, passname, str(dtype).removeprefix("torch."), head_dim, index, road
+                            arch, passname, str(dtype).removeprefix("torch."), head_dim, index, variant
                         )
                         if row_of(target) is row.config:
                             yield target
@@ -162,8 +164,10 @@ def row_of(target: Target) -> Config:
     return configs._choose(target.passname, target.kind, block_d, length, arch_number(target.arch), plain)
 
 
-def roads_of(passname: str, roads: tuple[str, ...]) -> tuple[str, ...]:
-    """The roads on which a pass has a kernel: only a float mask has a gradient."""
+def variants_of(passname: str, variants: tuple[str, ...]) -> tuple[str, ...]:
+    """The variants on which a pass has a kernel: only a float mask has a gradient."""
     if passname != "attn_mask_gradient":
-        return roads
-    return tuple(dict.fromkeys(road if ROADS[road].attn_mask == "bias" else "bias" for road in roads))
+        return variants
+    return tuple(
+        dict.fromkeys(variant if VARIANTS[variant].attn_mask == "bias" else "bias" for variant in variants)
+    )

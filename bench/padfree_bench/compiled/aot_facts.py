@@ -34,7 +34,7 @@ class Facts:
     passname: str
     dtype: str
     head_dim: int
-    road: str
+    variant: str
     shape: str
     row: int
     block_m: int
@@ -64,7 +64,7 @@ class Facts:
     @property
     def name(self) -> str:
         config = (self.block_m, self.block_n, self.num_warps, self.num_stages)
-        return f"{self.kernel} {self.arch} {self.dtype} D{self.head_dim} {self.road} {self.shape} {config}"
+        return f"{self.kernel} {self.arch} {self.dtype} D{self.head_dim} {self.variant} {self.shape} {config}"
 
 
 def narrow_offsets(ttir: str) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ def facts_of(compiled: Compiled, target: Target) -> Facts:
         passname=target.passname,
         dtype=target.dtype,
         head_dim=target.head_dim,
-        road=target.road,
+        variant=target.variant,
         shape=target.shape,
         row=target.row,
         block_m=block_m,

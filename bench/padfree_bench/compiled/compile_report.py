@@ -17,7 +17,7 @@ import torch
 import triton
 
 from padfree_bench.compiled.aot import ARCHS, Arch, parse_arch, why_not_compile
-from padfree_bench.compiled.aot_calls import ROADS, Target, table_targets
+from padfree_bench.compiled.aot_calls import VARIANTS, Target, table_targets
 from padfree_bench.compiled.aot_facts import Facts, facts_of_targets
 from padfree_bench.compiled.cost_model import GPUS, predict
 from padfree_bench.measuring.cases import DTYPES
@@ -28,7 +28,7 @@ BATCH, SEQ = 64, 400
 # (heads, head_dim): the notebook's, d_model 128 two ways, BERT-base, wide heads.
 SHAPES = ((4, 8), (8, 16), (4, 32), (12, 64), (16, 128))
 KERNELS = ("attention_forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
-ROAD_HEAD_DIMS = (16, 64)
+VARIANT_HEAD_DIMS = (16, 64)
 ASSUMPTIONS = (
     "Predictions, not measurements. Floors that assume perfectly overlapping CTAs and evenly spread work: issue, "
     "exp2 and matrix cycles of the loops over score tiles, and bytes (inputs at real rows, outputs at every row). "
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--arch", nargs="+", default=["90"], help=f"of {', '.join(map(str, ARCHS))}; default 90"
     )
     options.add_argument(
-        "--roads", nargs="+", default=["padded"], help=f"of {', '.join(ROADS)}, or all; default padded"
+        "--variants", nargs="+", default=["padded"], help=f"of {', '.join(VARIANTS)}, or all; default padded"
     )
     options.add_argument(
         "--dtypes", nargs="+", default=["bf16", "fp32"], help=f"of {', '.join(DTYPES)}; default bf16 fp32"
@@ -54,13 +54,13 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def targets_of(archs: tuple[Arch, ...], dtypes: tuple[str, ...], roads: tuple[str, ...]) -> list[Target]:
-    """Every table row on the padded road with the notebook's head_dim of 8, the other roads at the main head dims."""
-    chosen = [t for t in table_targets(archs) if t.dtype in dtypes] if "padded" in roads else []
+def targets_of(archs: tuple[Arch, ...], dtypes: tuple[str, ...], variants: tuple[str, ...]) -> list[Target]:
+    """Every table row on the padded variant with the notebook's head_dim of 8, the other variants at the main head dims."""
+    chosen = [t for t in table_targets(archs) if t.dtype in dtypes] if "padded" in variants else []
     chosen += [replace(t, head_dim=8) for t in chosen if t.head_dim == 16]
-    others = tuple(road for road in roads if road != "padded")
+    others = tuple(variant for variant in variants if variant != "padded")
     more = table_targets(archs, others) if others else ()
-    return chosen + [t for t in more if t.dtype in dtypes and t.head_dim in ROAD_HEAD_DIMS]
+    return chosen + [t for t in more if t.dtype in dtypes and t.head_dim in VARIANT_HEAD_DIMS]
 
 
 def predictions(facts: list[Facts]) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def predictions(facts: list[Facts]) -> list[dict[str, Any]]:
     lengths = imdb_lengths(BATCH, SEQ)
     found: dict[tuple[Any, ...], Facts] = {}
     for fact in facts:
-        if fact.road == "padded" and fact.costs is not None:
+        if fact.variant == "padded" and fact.costs is not None:
             found.setdefault((fact.arch, fact.dtype, fact.head_dim, fact.kernel), fact)
     rows = []
     for arch, dtype in dict.fromkeys((fact.arch, fact.dtype) for fact in facts):
@@ -113,13 +113,13 @@ def _mix(fact: Facts) -> str:
 def markdown(facts: list[Facts]) -> str:
     """Three tables: resources, cycles a tile, predicted times."""
     resources = [
-        [f.kernel.removesuffix("_kernel"), f.arch, f.dtype, f.head_dim, f.road,
+        [f.kernel.removesuffix("_kernel"), f.arch, f.dtype, f.head_dim, f.variant,
          f"{f.block_m}x{f.block_n} w{f.num_warps} s{f.num_stages}",
          f.registers, f.stack, f.spills, f.shared, f.ctas or "-", f.serialized or "-"]
         for f in facts
     ]  # fmt: skip
     cycles = [
-        [f.kernel.removesuffix("_kernel"), f.arch, f.dtype, f.head_dim, f.road, f"{c.block_m}x{c.block_n}",
+        [f.kernel.removesuffix("_kernel"), f.arch, f.dtype, f.head_dim, f.variant, f"{c.block_m}x{c.block_n}",
          f"{c.issue:.0f}", f"{c.masked_issue:.0f}", f"{c.mufu:.0f}", f"{c.matrix:.0f}", c.bound,
          f"{c.repeats:.2f}", c.outside, _mix(f)]
         for f in facts
@@ -134,9 +134,9 @@ def markdown(facts: list[Facts]) -> str:
     return "\n\n".join([
         f"# Compile report, Triton {triton.__version__}",
         "## Resources: registers a thread, bytes of stack, spilled, bytes of shared memory, CTAs a multiprocessor, and ptxas's advisory where matrix instructions are serialized",
-        _table("kernel | arch | dtype | D | road | tile | registers | stack | spills | shared | CTAs | serialized", resources),
+        _table("kernel | arch | dtype | D | variant | tile | registers | stack | spills | shared | CTAs | serialized", resources),
         "## One score tile: cycles of a multiprocessor by bound, and what the full tiles' loop issues a warp",
-        _table("kernel | arch | dtype | D | road | tile | issue | issue, masked | exp2 | matrix | bound | repeats | outside | mix", cycles),
+        _table("kernel | arch | dtype | D | variant | tile | issue | issue, masked | exp2 | matrix | bound | repeats | outside | mix", cycles),
         f"## Predicted floor of a launch in µs (B{BATCH} S{SEQ}, IMDB lengths, padded queries and keys skipped)",
         ASSUMPTIONS,
         _table("case | arch | dtype | launch | issue | exp2 | matrix | memory | floor | bound | once | expected", times),
@@ -146,10 +146,10 @@ def markdown(facts: list[Facts]) -> str:
 def main(argv: list[str]) -> int:
     """Compile, print, and write compile-report.json and .md; status 2 with one line for a wrong argument."""
     options = parser().parse_args(argv)
-    roads = tuple(ROADS) if options.roads == ["all"] else tuple(options.roads)
+    variants = tuple(VARIANTS) if options.variants == ["all"] else tuple(options.variants)
     try:
         archs = tuple(parse_arch(text) for text in options.arch)
-        for kind, names, known in (("road", roads, ROADS), ("dtype", options.dtypes, DTYPES)):
+        for kind, names, known in (("variant", variants, VARIANTS), ("dtype", options.dtypes, DTYPES)):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"{kind} must be one of {', '.join(known)}, got {unknown[0]!r}")
         if reason := why_not_compile():
@@ -158,7 +158,7 @@ def main(argv: list[str]) -> int:
         print(f"python -m bench compile-report: {error}", file=sys.stderr)
         return 2
     dtypes = tuple(str(DTYPES[name]).removeprefix("torch.") for name in options.dtypes)
-    facts = facts_of_targets(targets_of(archs, dtypes, roads), options.jobs)
+    facts = facts_of_targets(targets_of(archs, dtypes, variants), options.jobs)
     text, content = markdown(facts), json.dumps(to_json(facts), indent=1) + "\n"
     folder = Path(options.output) / "compile"
     folder.mkdir(parents=True, exist_ok=True)

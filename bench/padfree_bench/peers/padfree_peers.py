@@ -1,4 +1,4 @@
-"""padfree itself: the padded door, with padded rows left out, packed, and on one QKV buffer."""
+"""padfree itself: the padded entry point, with padded rows left out, packed, and on one QKV buffer."""
 
 import functools
 

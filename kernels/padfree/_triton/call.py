@@ -176,7 +176,7 @@ def _as_bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def _as_one_row(cu_seqlens: Tensor | None) -> Tensor | None:
-    """Contiguous: the door refuses others, but a saved-tensor hook may hand the backward any layout."""
+    """Contiguous: the entry point refuses others, but a saved-tensor hook may hand the backward any layout."""
     return None if cu_seqlens is None else cu_seqlens.contiguous()
 
 

@@ -1,7 +1,7 @@
 """Operators and autograd: the only file that knows torch.library.
 
 `padfree::forward` and `padfree::backward` are opaque to torch.compile and export; an `autograd.Function` joins
-them. All tensors are in the padded form of `call.Call`; `run` and `run_qkvpacked` are what the doors call.
+them. All tensors are in the padded form of `call.Call`; `run` and `run_qkvpacked` are what the entry points call.
 """
 
 from typing import Any, NamedTuple, NoReturn
@@ -75,7 +75,7 @@ def _launch_backward(
     grads: tuple[Tensor, Tensor, Tensor],
     d_attn_mask: Tensor | None = None,
 ) -> None:
-    """The road that fits: a single query's kernel owns dk and dv only where heads are not grouped.
+    """The launcher that fits: a single query's kernel owns dk and dv only where heads are not grouped.
 
     A saved-tensor hook may hand back the same numbers in another layout, of which the passes take lse2's for granted.
     """

@@ -1,4 +1,4 @@
-"""Which road attention took: counted by reason, warned about once, and an error in strict mode."""
+"""Who computed attention: counted by reason, warned about once, and an error in strict mode."""
 
 import warnings
 from collections import Counter
@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class Counts:
-    """Attention calls since `reset_counts`, by road. A compiled graph counts once, when it is traced.
+    """Attention calls since `reset_counts`, by who computed them. A compiled graph counts once, when it is traced.
 
     A model that takes our name and never asks for it counts one fallback when it is built or switched.
     """
@@ -50,11 +50,11 @@ def fall_back(reason: str, strict: bool) -> None:
 
 # Dynamo would otherwise guard on the count it writes, and compile anew at every call.
 @torch.compiler.assume_constant_result
-def count(road: str, reason: str = "") -> None:
-    """One more call on this road: "fused", "reference" or "fallback"."""
-    if road == "fused":
+def count(who: str, reason: str = "") -> None:
+    """One more call computed by "fused", "reference" or "fallback"."""
+    if who == "fused":
         _counts.fused += 1
-    elif road == "reference":
+    elif who == "reference":
         _counts.reference += 1
     else:
         if reason not in _counts.fallbacks:

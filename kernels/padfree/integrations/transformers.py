@@ -6,7 +6,7 @@
 transformers asks two functions: `attention_mask_for` once per forward (which mask will the layers get?) and
 `attention_forward` in every layer. Registering the second alone would drop the padding without a word. Layers that
 the kernel cannot serve run transformers' own sdpa, or eager where sdpa would ignore an option: each such call is
-counted with its reason and warned about once, or raises in strict mode. `counts` tells which road ran.
+counted with its reason and warned about once, or raises in strict mode. `counts` tells which variant ran.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""One small case of every road through the kernels: the first thing to run after a change, in seconds."""
+"""One small case of every variant through the kernels: the first thing to run after a change, in seconds."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,7 +28,7 @@ noise = partial(normal, seed=9)
 hidden = partial(chosen, share=0.3, seed=8)
 
 
-ROADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grouped heads, ragged tiles": (
         {"batch": 2, "heads": 4, "kv_heads": 2, "queries": 37, "keys": 70, "head_dim": 24, "dtype": HALF},
         {},
@@ -137,13 +137,13 @@ ROADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_road_matches_the_reference(road: str) -> None:
-    shape, options = ROADS[road]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_matches_the_reference(variant: str) -> None:
+    shape, options = VARIANTS[variant]
     assert_matches_reference(
         KERNEL,
         [make_inputs(**shape, lse_gradient=True, seed=seed) for seed in (1, 2, 3)],
-        name=road,
+        name=variant,
         **options,
     )
 
@@ -153,13 +153,17 @@ def test_fp32_out_and_lse_are_as_exact_as_eager_fp32(magnitude: float) -> None:
     calls = [
         make_inputs(2, 2, 20, 50, 16, padding="holes", magnitude=magnitude, seed=seed) for seed in range(4)
     ]
-    doors: tuple[Callable[..., Any], ...] = (KERNEL, eager_attention, padfree.reference)
+    entry_points: tuple[Callable[..., Any], ...] = (KERNEL, eager_attention, padfree.reference)
     actual, low, truth = (
         [
-            door(c.query.to(dtype), c.key.to(dtype), c.value.to(dtype), c.key_padding_mask, return_lse=True)
+            entry_point(
+                c.query.to(dtype), c.key.to(dtype), c.value.to(dtype), c.key_padding_mask, return_lse=True
+            )
             for c in calls
         ]
-        for door, dtype in zip(doors, (torch.float32, torch.float32, torch.float64), strict=True)
+        for entry_point, dtype in zip(
+            entry_points, (torch.float32, torch.float32, torch.float64), strict=True
+        )
     )
     for which, name in enumerate(("out", "lse")):
         assert_within_reference_error(
@@ -293,7 +297,7 @@ def test_a_fused_buffer_equals_three_tensors_bit_for_bit(scale: float | None) ->
     assert_same_bits(Results(out.transpose(1, 2).detach(), lse.detach(), dq, dk, dv), wanted)
 
 
-def test_padding_is_inert_on_every_road() -> None:
+def test_padding_is_inert_on_every_variant() -> None:
     for padding in ("right", "holes", "zero_keys"):
         inputs = replace(
             make_inputs(2, 1, 37, 37, 24, dtype=HALF, padding=padding), attn_mask=noise(1, 1, 37, 37)

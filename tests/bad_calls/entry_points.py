@@ -1,4 +1,4 @@
-"""The doors of the library, each with a call that is right."""
+"""The entry points of the library, each with a call that is right."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ def weights() -> dict[str, Any]:
     return {"query": torch.zeros(B, H, S, D), "key": torch.zeros(B, H, S, D), "lse": torch.zeros(B, H, S)}
 
 
-DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
+ENTRY_POINTS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "attention": (padfree.attention, padded),
     "attention_varlen": (padfree.attention_varlen, packed),
     "attention_qkvpacked": (padfree.attention_qkvpacked, fused),
@@ -42,5 +42,5 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "attention_weights": (padfree.attention_weights, weights),
 }
 
-# (door, what is wrong, arguments replaced, exception, argument named, what came)
+# (entry_point, what is wrong, arguments replaced, exception, argument named, what came)
 BadCall = tuple[str, str, dict[str, Any], type[Exception], str, str]
