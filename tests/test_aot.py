@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import triton
 
+from padfree._triton.arguments import View
 from padfree._triton.configs import TABLE
 from padfree_bench.compiled.aot import ARCHS, Arch
 from padfree_bench.compiled.aot_calls import KERNELS, SHAPES, VARIANTS, Target, table_targets, variants_of
@@ -274,11 +275,15 @@ def test_a_planted_branch_around_the_products_is_found(version: str, tmp_path: P
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     source = tmp_path / "kernels/padfree/_triton/forward.py"
     head, products, tail = re.split(
-        r"(?=        scores, tile_factor)|(?=    return acc, row_max, row_sum\n)",
+        r"(?=    scores, factor = )|(?=    return Softmax\()",
         source.read_text(),
         maxsplit=2,
     )
-    branch = "        see = tl.max(keep_n.to(tl.int32), 0) > 0 if MASKED else True\n        if see:\n"
+    branch = (
+        "    see = tl.max(keep_n.to(tl.int32), 0) > 0 if MASKED else True\n"
+        "    acc, row_max, row_sum = state.acc, state.row_max, state.row_sum\n"
+        "    if see:\n"
+    )
     source.write_text(head + branch + textwrap.indent(products, "    ") + tail)
     question = json.dumps([asdict(Target(90, "forward", "bfloat16", 64, variant="window"))])
     (fact,) = json.loads(run_compiler(question, version, tmp_path / "kernels"))
@@ -299,7 +304,7 @@ def test_offsets_are_products_in_64_bits(facts: list[dict[str, Any]]) -> None:
 
 
 PLANTED = """
-tt.func public @kernel(%q_ptr: !tt.ptr<bf16>, %q_strides: i32, %q_strides_0: i32) attributes {{noinline = false}} {{
+tt.func public @kernel(%q: !tt.ptr<bf16>, %q_0: i32, %q_1: i32) attributes {{noinline = false}} {{
     %row = tt.get_program_id x : i32
     {body}
 }}
@@ -309,18 +314,19 @@ tt.func public @kernel(%q_ptr: !tt.ptr<bf16>, %q_strides: i32, %q_strides_0: i32
 @pytest.mark.parametrize(
     "body, caught",
     [
-        ("%offset = arith.muli %row, %q_strides_0 : i32", True),
+        ("%offset = arith.muli %row, %q_1 : i32", True),
         (
-            "%stride = tt.splat %q_strides : i32 -> tensor<64xi32>\n    %o = arith.muli %rows, %stride : tensor<64xi32>",
+            "%stride = tt.splat %q_0 : i32 -> tensor<64xi32>\n    %o = arith.muli %rows, %stride : tensor<64xi32>",
             True,
         ),
-        ("%a = arith.divsi %q_strides, %c8_i32 : i32\n    %b = arith.muli %a, %row : i32", True),
-        ("%a = arith.divsi %q_strides, %c8_i32 : i32\n    %b = arith.muli %a, %c8_i32 : i32", False),
-        ("%wide = arith.extsi %q_strides : i32 to i64\n    %o = arith.muli %wide, %row64 : i64", False),
+        ("%a = arith.divsi %q_0, %c8_i32 : i32\n    %b = arith.muli %a, %row : i32", True),
+        ("%a = arith.divsi %q_0, %c8_i32 : i32\n    %b = arith.muli %a, %c8_i32 : i32", False),
+        ("%wide = arith.extsi %q_0 : i32 to i64\n    %o = arith.muli %wide, %row64 : i64", False),
     ],
 )
 def test_the_search_for_narrow_offsets_finds_a_planted_one(body: str, caught: bool) -> None:
-    assert bool(narrow_offsets(PLANTED.format(body=body))) == caught
+    signature = {"q": View("*bf16", ("i32", "i32"))}
+    assert bool(narrow_offsets(PLANTED.format(body=body), signature)) == caught
 
 
 @pytest.mark.parametrize(

@@ -12,65 +12,56 @@ mask_gradient = partial(Fault, file="_triton/attn_mask_gradient.py")
 FAULTS = [
     query_gradient(
         "delta is left out of dq", "saved statistics",
-        fragment="d_scores = probs * (d_probs - delta[:, None])", replacement="d_scores = probs * d_probs",
+        fragment="d_scores = probs * (d_probs - rows.delta[:, None])", replacement="d_scores = probs * d_probs",
     ),
     key_gradient(
         "delta is left out of dk", "saved statistics",
         fragment="d_scores = probs * (d_probs - delta[None, :])", replacement="d_scores = probs * d_probs",
     ),
     query_gradient(
-        "the gradient of the LSE is ignored", "saved statistics",
-        fragment="d_lse = LOG2E * tl.load(d_lse2_ptr", replacement="d_lse = 0 * tl.load(d_lse2_ptr",
-    ),
-    query_gradient(
-        "the gradient of the LSE has the wrong sign", "saved statistics",
-        fragment="d_lse = LOG2E * tl.load(d_lse2_ptr", replacement="d_lse = -LOG2E * tl.load(d_lse2_ptr",
-    ),
-    query_gradient(
         "fp32 delta keeps its drift", "saved statistics",
-        fragment="tl.store(delta_ptr + rows_offset + m, delta + drift, mask=in_m)",
-        replacement="tl.store(delta_ptr + rows_offset + m, delta, mask=in_m)",
+        fragment="first_row + m, delta + drift, mask=in_m)", replacement="first_row + m, delta, mask=in_m)",
     ),
     query_gradient(
         "fp32 dq keeps the drift of delta", "saved statistics",
-        fragment="(dq - drift[:, None] * weighted_k) * inverse", replacement="dq * inverse",
+        fragment="(result - drift[:, None] * sums.weighted_k) * inverse", replacement="result * inverse",
     ),
     key_gradient(
         "fp32 dk and dv keep the error of the rounded LSE", "saved statistics",
-        fragment="probs *= tl.load(inverse_ptr + m, mask=m < hi, other=1.0)[None, :]", replacement="pass",
+        fragment="probs *= tl.load(head.inverse_ptr + m, mask=m < stop, other=1.0)[None, :]", replacement="pass",
     ),
     query_gradient(
         "delta uses rows that see nothing", "masked-lane fill",
-        fragment="lse2, live_m = load_lse2(lse2_ptr + rows_offset, m, in_m)",
-        replacement="lse2, live_m = load_lse2(lse2_ptr + rows_offset, m, in_m)\n    live_m = in_m",
+        fragment="row_lse2, live_m = load_lse2(lse2.ptr + first_row, m, in_m)",
+        replacement="row_lse2, live_m = load_lse2(lse2.ptr + first_row, m, in_m)\n    live_m = in_m",
     ),
     query_gradient(
         "dq lacks the scale", "gradient factors",
-        fragment="dq * scale, 0.0", replacement="dq, 0.0",
+        fragment="result * inputs.scale, 0.0", replacement="result, 0.0",
     ),
     key_gradient(
         "dk lacks the scale", "gradient factors",
-        fragment="dk * scale, 0.0", replacement="dk, 0.0",
+        fragment="grads.dk * inputs.scale, 0.0", replacement="grads.dk, 0.0",
     ),
     key_gradient(
         "dk of padded keys is not cleared", "mask",
-        fragment="dk = tl.where(keep_n[:, None], dk * scale, 0.0)", replacement="dk = dk * scale",
+        fragment="dk_tile = tl.where(keep_n[:, None], grads.dk * inputs.scale, 0.0)", replacement="dk_tile = grads.dk * inputs.scale",
     ),
     key_gradient(
         "dv of padded keys is not cleared", "mask",
-        fragment="dv = tl.where(keep_n[:, None], dv, 0.0)", replacement="dv = dv",
+        fragment="dv_tile = tl.where(keep_n[:, None], grads.dv, 0.0)", replacement="dv_tile = grads.dv",
     ),
     key_gradient(
         "dk and dv of padded keys are not written", "coverage",
-        fragment="dk_strides, in_n, HEAD_DIM", replacement="dk_strides, keep_n, HEAD_DIM",
+        fragment="dk_tile, n_first, in_n, BLOCK_N", replacement="dk_tile, n_first, keep_n, BLOCK_N",
     ),
     key_gradient(
         "keys past the end are stored", "bounds",
-        fragment="in_n = n < keys", replacement="in_n = n <= keys",
+        fragment="in_n = n < sequence.keys", replacement="in_n = n <= sequence.keys",
     ),
     query_gradient(
         "dq rows past the end are stored", "bounds",
-        fragment="in_m = m < rows", replacement="in_m = m <= rows",
+        fragment="in_m = m < sequence.queries", replacement="in_m = m <= sequence.queries",
     ),
     key_gradient(
         "the last partial tile of keys is skipped", "bounds",
@@ -79,43 +70,39 @@ FAULTS = [
     ),
     key_gradient(
         "rows past the range give their tail to dk and dv", "masked-lane fill",
-        fragment="load_lse2(lse2_ptr, m, m < hi)", replacement="load_lse2(lse2_ptr, m, m <= hi)",
+        fragment="load_lse2(head.lse2_ptr, m, m < stop)", replacement="load_lse2(head.lse2_ptr, m, m <= stop)",
     ),
     key_gradient(
         "only the first query head of a group gives to dk and dv", "ownership",
-        fragment="for g in range(GROUP):", replacement="for g in range(1):",
+        fragment="for g in range(TILE.GROUP):", replacement="for g in range(1):",
     ),
     key_gradient(
         "query heads of a group are found in turn", "ownership",
-        fragment="h = kv_h * GROUP + g", replacement="h = g * kv_heads + kv_h",
+        fragment="h = kv_h * TILE.GROUP + g", replacement="h = g * (sizes.heads // TILE.GROUP) + kv_h",
     ),
     query_gradient(
         "the incoming gradient is read by the strides of the query", "incoming gradient",
-        fragment="d_out = load_tile(d_out_ptr, m_first, d_out_strides,", replacement="d_out = load_tile(d_out_ptr, m_first, q_strides,",
+        fragment="d_out_tile = load_tile(at_row(d_out, b,", replacement="d_out_tile = load_tile(at_row(d_out._replace(strides=inputs.q.strides), b,",
     ),
     key_gradient(
         "dk and dv read the incoming gradient as contiguous", "incoming gradient",
-        fragment="d_out_head = d_out_ptr + head_offset(d_out_strides,", replacement="d_out_head = d_out_ptr + head_offset(q_strides,",
+        fragment="at_row(d_out, b, h,", replacement="at_row(d_out._replace(strides=inputs.q.strides), b, h,",
     ),
     query_gradient(
         "edge tiles of dq are not masked", "mask",
-        fragment="load_keep_n(mask_ptr, mask_stride_n, n, stop) if MASKED else None", replacement="None",
+        fragment="load_keep_n(inputs.padding, head.b, n, stop) if MASKED else None", replacement="None",
     ),
     key_gradient(
         "dk and dv take LSE and delta for each other", "saved statistics",
-        fragment="tl.join(lse2_ptr + m, delta_ptr + m)", replacement="tl.join(delta_ptr + m, lse2_ptr + m)",
+        fragment="tl.join(head.lse2_ptr + m, head.delta_ptr + m)", replacement="tl.join(head.delta_ptr + m, head.lse2_ptr + m)",
     ),
     key_gradient(
         "dk and dv ignore the window", "window",
-        fragment="if MASKED and (window_left is not None or window_right is not None):", replacement="if False:",
+        fragment="if MASKED and (window.left is not None or window.right is not None):", replacement="if False:",
     ),
     key_gradient(
         "the window's sides are not swapped for keys", "window",
-        fragment="row_stop, ragged, window_right, window_left, BLOCK_M", replacement="row_stop, ragged, window_left, window_right, BLOCK_M",
-    ),
-    key_gradient(
-        "dk and dv skip the edge rows on the right", "window",
-        fragment="full_hi, hi, n, in_n, scale2", replacement="full_hi, full_hi, n, in_n, scale2",
+        fragment="row_stop, ragged, window.right, window.left, TILE.BLOCK_M", replacement="row_stop, ragged, window.left, window.right, TILE.BLOCK_M",
     ),
     key_gradient(
         "dk and dv treat a tile with dead rows as full", "mask",
@@ -123,46 +110,23 @@ FAULTS = [
     ),
     query_gradient(
         "dq is not undropped", "dropout",
-        fragment="kept = dropout_keep(stream, m[:, None], n[None, :], dropout_p)",
-        replacement="kept = dropout_keep(stream + 1, m[:, None], n[None, :], dropout_p)",
+        fragment="kept = dropout_keep(head.stream, rows.m[:, None], n[None, :], inputs.dropout.p)",
+        replacement="kept = dropout_keep(head.stream + 1, rows.m[:, None], n[None, :], inputs.dropout.p)",
     ),
     key_gradient(
         "dk and dv drop by another mask", "dropout",
-        fragment="kept = dropout_keep(stream, m[None, :], n[:, None], dropout_p)",
-        replacement="kept = dropout_keep(stream, n[:, None], m[None, :], dropout_p)",
+        fragment="kept = dropout_keep(head.stream, m[None, :], n[:, None], inputs.dropout.p)",
+        replacement="kept = dropout_keep(head.stream, n[:, None], m[None, :], inputs.dropout.p)",
     ),
     key_gradient(
         "dv uses weights that were dropped", "dropout",
         fragment="dropped.to(d_out.dtype)", replacement="probs.to(d_out.dtype)",
     ),
     key_gradient(
-        "dk and dv take head 0's dropout mask", "dropout",
-        fragment="dropout_stream(seed_ptr, (b * heads + h).to(tl.int32))",
-        replacement="dropout_stream(seed_ptr, (b * heads).to(tl.int32))",
-    ),
-    key_gradient(
         "dv is added to, not stored", "accumulation",
-        fragment="    store_tile(dv_ptr, dv, n_first, dv_strides, in_n,",
-        replacement="    dv += load_tile(dv_ptr, n_first, dv_strides, in_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN).to(tl.float32)\n"
-        "    store_tile(dv_ptr, dv, n_first, dv_strides, in_n,",
-    ),
-    query_gradient(
-        "delta is stored without its head", "addressing",
-        fragment="rows_offset = b * lse2_strides[0] + h * lse2_strides[1] + q_start",
-        replacement="rows_offset = b * lse2_strides[0] + q_start",
-    ),
-    key_gradient(
-        "delta is read without its head", "addressing",
-        fragment="rows_offset = b * lse2_strides[0] + h * lse2_strides[1] + q_start",
-        replacement="rows_offset = b * lse2_strides[0] + q_start",
-    ),
-    query_gradient(
-        "batch and head are 32 bits wide for dq", "offset width",
-        fragment="b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)", replacement="b, h = bh // heads, bh % heads",
-    ),
-    key_gradient(
-        "the key head is 32 bits wide for dk and dv", "offset width",
-        fragment="kv_h = (tl.program_id(0) % kv_heads).to(tl.int64)", replacement="kv_h = tl.program_id(0) % kv_heads",
+        fragment="    store_tile(at_row(dv,",
+        replacement="    dv_tile += load_tile(at_row(dv, b, kv_h, sequence.k_start, TILE), n_first, in_n, BLOCK_N, TILE).to(tl.float32)\n"
+        "    store_tile(at_row(dv,",
     ),
     backward(
         "an empty batch of queries leaves dk unwritten", "coverage",
@@ -170,45 +134,40 @@ FAULTS = [
     ),
     mask_gradient(
         "the mask's gradient takes only one sequence", "ownership",
-        fragment="b_stop = tl.where(mask_batch == sequences, mask_b + 1, sequences)", replacement="b_stop = mask_b + 1",
+        fragment="b_stop = tl.where(d_mask.batch == sizes.sequences, mask_b + 1, sizes.sequences)", replacement="b_stop = mask_b + 1",
     ),
     mask_gradient(
         "the mask's gradient takes only one head", "ownership",
-        fragment="h_stop = tl.where(mask_heads == heads, mask_h + 1, heads)", replacement="h_stop = mask_h + 1",
+        fragment="h_stop = tl.where(d_mask.heads == sizes.heads, mask_h + 1, sizes.heads)", replacement="h_stop = mask_h + 1",
     ),
     mask_gradient(
         "the mask's gradient takes only one tile of rows", "ownership",
-        fragment="m_stop = tl.where(mask_rows == num_queries, tile_m * BLOCK_M + 1, num_queries)",
+        fragment="m_stop = tl.where(d_mask.rows == sizes.queries, tile_m * BLOCK_M + 1, sizes.queries)",
         replacement="m_stop = tile_m * BLOCK_M + 1",
     ),
     mask_gradient(
         "the mask's gradient is not summed over keys", "ownership",
-        fragment="if mask_keys != num_keys:", replacement="if False:",
+        fragment="if d_mask.keys != sizes.keys:", replacement="if False:",
     ),
     mask_gradient(
         "the mask's gradient lacks delta", "saved statistics",
-        fragment="* (d_probs - delta[:, None])", replacement="* d_probs",
+        fragment="* (d_probs - rows.delta[:, None])", replacement="* d_probs",
     ),
     mask_gradient(
         "the mask's gradient keeps the error of the rounded LSE", "saved statistics",
-        fragment="probs *= inverse[:, None]", replacement="pass",
+        fragment="probs *= rows.inverse[:, None]", replacement="pass",
     ),
     mask_gradient(
         "the mask's gradient ignores the window", "window",
-        fragment="scores = hide(scores, in_window(keep, m[:, None], n[None, :], window_left, window_right))",
+        fragment="scores = hide(scores, in_window(keep, m[:, None], n[None, :], inputs.window))",
         replacement="scores = hide(scores, keep)",
     ),
     mask_gradient(
-        "the mask's gradient reads the padding of sequence 0", "addressing",
-        fragment="padding = mask_ptr + b * mask_strides[0]", replacement="padding = mask_ptr",
-    ),
-    mask_gradient(
         "the mask's gradient is undropped by another mask", "dropout",
-        fragment="dropout_stream(seed_ptr, (b * heads + h).to(tl.int32))",
-        replacement="dropout_stream(seed_ptr, (b + h).to(tl.int32))",
+        fragment="dropout_keep(head.stream, m", replacement="dropout_keep(head.stream + 1, m",
     ),
     mask_gradient(
         "columns of the mask past the end are stored", "bounds",
-        fragment="(column < mask_keys)[None, :]", replacement="(column <= mask_keys)[None, :]",
+        fragment="(column < d_mask.keys)[None, :]", replacement="(column <= d_mask.keys)[None, :]",
     ),
 ]  # fmt: skip

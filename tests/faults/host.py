@@ -14,7 +14,7 @@ dispatch = partial(Fault, file="_dispatch.py")
 FAULTS = [
     launch(
         "the scale is hard-coded", "constants",
-        fragment='"scale2": self.scale * LOG2E', replacement='"scale2": 0.25 * LOG2E',
+        fragment='scale2=self.scale * LOG2E', replacement='scale2=0.25 * LOG2E',
     ),
     launch(
         "log2(e) is cut to four digits on the host", "constants",
@@ -30,19 +30,19 @@ FAULTS = [
     ),
     launch(
         "a broadcast attn_mask keeps its own strides", "strides",
-        fragment="self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2]).stride()", replacement="self.attn_mask.contiguous().stride()",
+        fragment="self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2])", replacement="self.attn_mask.contiguous()",
     ),
     launch(
         "keys are read by the strides of the query", "strides",
-        fragment='"k_strides": self.strides(self.key)', replacement='"k_strides": self.strides(self.query)',
+        fragment='k=self.view(self.key)', replacement='k=View(self.key, self.view(self.query).strides)',
     ),
     launch(
         "the mask's strides are those of a contiguous one", "strides",
-        fragment="else padding.stride()", replacement="else padding.contiguous().stride()",
+        fragment="self.padding.stride())", replacement="self.padding.contiguous().stride())",
     ),
     launch(
         "packed sequences are found by a batch stride", "packing",
-        fragment="else (0, *tensor.stride()[1:])", replacement="else tensor.stride()",
+        fragment="else (0, *strides[1:])", replacement="else strides",
     ),
     launch(
         "any row counts as aligned", "strides",
@@ -58,7 +58,7 @@ FAULTS = [
     ),
     launch(
         "skipping queries is never asked for", "mask",
-        fragment='"SKIP_QUERIES": self.skip_padded_queries and padding is not None', replacement='"SKIP_QUERIES": False',
+        fragment='SKIP_QUERIES=self.skip_padded_queries and self.padding is not None', replacement='SKIP_QUERIES=False',
     ),
     launch(
         "kernels launch for empty batches", "empty sizes",

@@ -5,27 +5,28 @@ from functools import partial
 from faults.fault import Fault
 
 tiles = partial(Fault, file="_triton/tiles.py")
+scores = partial(Fault, file="_triton/scores.py")
 single = partial(Fault, file="_triton/single_query.py")
 
 FAULTS = [
-    tiles(
+    scores(
         "log2(e) is cut to four digits", "constants",
         fragment="1.4426950408889634", replacement="1.4427",
     ),
     tiles(
         "the mask's polarity is inverted", "mask",
-        fragment="mask=keep_n, other=1) == 0)", replacement="mask=keep_n, other=1) != 0)",
+        fragment="tl.load(ptrs, mask=keep_n, other=1) == 0)", replacement="tl.load(ptrs, mask=keep_n, other=1) != 0)",
     ),
     tiles(
         "one key past the end is visible", "bounds",
         fragment="keep_n = n < stop\n", replacement="keep_n = n <= stop\n",
     ),
-    tiles(
+    scores(
         "hidden scores are a finite number", "mask",
         fragment="return tl.where(keep, scores, float(\"-inf\"))",
         replacement="return tl.where(keep, scores, -10000.0)",
     ),
-    tiles(
+    scores(
         "hidden columns are a finite number", "mask",
         fragment="cap = tl.where(keep_n, float(\"inf\"), float(\"-inf\"))\n        scores", replacement="cap = tl.where(keep_n, float(\"inf\"), -10000.0)\n        scores",
     ),
@@ -37,17 +38,17 @@ FAULTS = [
         "hidden rows of a tile hold what they like", "masked-lane fill",
         fragment="mask=keep_r[:, None] & in_d, other=0.0)", replacement="mask=keep_r[:, None] & in_d)",
     ),
-    tiles(
+    scores(
         "a running maximum of -inf is not guarded", "online softmax",
         fragment="    if SOME_HIDDEN:\n", replacement="    if False:\n",
     ),
-    tiles(
+    scores(
         "the running sum is not rescaled", "online softmax",
-        fragment="row_sum * rescale + tl.sum(probs, 1)", replacement="row_sum + tl.sum(probs, 1)",
+        fragment="state.row_sum * rescale + tl.sum(probs, 1)", replacement="state.row_sum + tl.sum(probs, 1)",
     ),
-    tiles(
+    scores(
         "the running maximum is not carried", "online softmax",
-        fragment="row_max_new = tl.maximum(row_max, tl.max(scores, 1))", replacement="row_max_new = tl.max(scores, 1)",
+        fragment="row_max = tl.maximum(state.row_max, tl.max(scores, 1))", replacement="row_max = tl.max(scores, 1)",
     ),
     tiles(
         "rows that see nothing keep a finite LSE", "masked rows",
@@ -59,14 +60,14 @@ FAULTS = [
         fragment="return tl.cast(start, tl.int64) * stride_r + (r * stride_r + d * strides[3])",
         replacement="return (start * stride_r + (r * stride_r + d * strides[3])).to(tl.int32)",
     ),
-    tiles(
+    scores(
         "attn_mask offsets are 32 bits wide", "offset width",
-        fragment="ptrs = attn_mask_ptr + m.to(tl.int64) * strides[2] + n.to(tl.int64) * strides[3]",
-        replacement="ptrs = attn_mask_ptr + (m * strides[2] + n * strides[3]).to(tl.int32)",
+        fragment="ptrs = first + m.to(tl.int64) * strides[2] + n.to(tl.int64) * strides[3]",
+        replacement="ptrs = first + (m * strides[2] + n * strides[3]).to(tl.int32)",
     ),
     tiles(
         "padding offsets are 32 bits wide", "offset width",
-        fragment="mask_ptr + n.to(tl.int64) * stride_n", replacement="mask_ptr + (n * stride_n).to(tl.int32)",
+        fragment="n.to(tl.int64) * padding.strides[1]", replacement="(n * padding.strides[1]).to(tl.int32)",
     ),
     tiles(
         "the last stride of a row is taken as 1", "addressing",
@@ -74,7 +75,7 @@ FAULTS = [
     ),
     tiles(
         "the heads' stride is not used", "addressing",
-        fragment="h * aligned(strides[1], ALIGN)", replacement="h * aligned(strides[2], ALIGN)",
+        fragment="aligned(strides[1], TILE.ALIGN)", replacement="aligned(strides[2], TILE.ALIGN)",
     ),
     tiles(
         "strides are rounded to eight", "addressing",
@@ -100,13 +101,13 @@ FAULTS = [
         "the last visible key is skipped", "mask",
         fragment="stops = tl.where(keep_n, n + 1, stops)", replacement="stops = tl.where(keep_n, n, stops)",
     ),
-    tiles(
+    scores(
         "the window's left side is off by one", "window",
-        fragment="n >= m - window_left", replacement="n > m - window_left",
+        fragment="n >= m - window.left", replacement="n > m - window.left",
     ),
-    tiles(
+    scores(
         "the window's right side is off by one", "window",
-        fragment="n <= m + window_right", replacement="n < m + window_right",
+        fragment="n <= m + window.right", replacement="n < m + window.right",
     ),
     tiles(
         "the window's last tile is cut", "window",
@@ -120,28 +121,28 @@ FAULTS = [
         "a tile that the window cuts on the left counts as full", "window",
         fragment="tl.cdiv(tl.maximum(own_last - before - first, 0), BLOCK) * BLOCK", replacement="tl.maximum(own_last - before - first, 0) // BLOCK * BLOCK",
     ),
-    tiles(
+    scores(
         "a bool attn_mask is read upside down", "mask",
         fragment="hide(scores, attn_mask == 0)", replacement="hide(scores, attn_mask != 0)",
     ),
-    tiles(
+    scores(
         "a bias is added in the wrong base", "constants",
         fragment="bias2 = bias * LOG2E\n", replacement="bias2 = bias\n",
     ),
-    tiles(
+    scores(
         "a finite bias overflows to -inf", "mask",
         fragment="tl.where((bias2 < LOWEST) & (bias > float(\"-inf\")), LOWEST, bias2)", replacement="bias2",
     ),
-    tiles(
+    scores(
         "a NaN in the bias hides its key on a GPU", "mask",
         fragment="tl.where((bias2 < LOWEST) & (bias > float(\"-inf\")), LOWEST, bias2)",
         replacement="tl.where(bias == float(\"-inf\"), bias, tl.maximum(bias2, LOWEST))",
     ),
-    tiles(
+    scores(
         "dropout is the same for every head", "dropout",
-        fragment="tl.philox(tl.load(seed_ptr), bh, bh * 0", replacement="tl.philox(tl.load(seed_ptr), bh * 0, bh * 0",
+        fragment="tl.philox(tl.load(inputs.dropout.seed_ptr), bh, bh * 0", replacement="tl.philox(tl.load(inputs.dropout.seed_ptr), bh * 0, bh * 0",
     ),
-    tiles(
+    scores(
         "dropout keeps what it should drop", "dropout",
         fragment="return word >= ", replacement="return word < ",
     ),
@@ -177,7 +178,7 @@ FAULTS = [
     ),
     single(
         "a single query's dk lacks the scale", "gradient factors",
-        fragment="d_scores * q * scale", replacement="d_scores * q",
+        fragment="d_scores * query.q * inputs.scale", replacement="d_scores * query.q",
     ),
     single(
         "a single query's dv uses weights that were dropped", "dropout",
@@ -185,6 +186,81 @@ FAULTS = [
     ),
     single(
         "a single query's keys past the end are stored", "bounds",
-        fragment="in_n = start + tl.arange(0, BLOCK_N) < keys", replacement="in_n = start + tl.arange(0, BLOCK_N) <= keys",
+        fragment="in_n = start + tl.arange(0, BLOCK_N) < sequence.keys", replacement="in_n = start + tl.arange(0, BLOCK_N) <= sequence.keys",
+    ),
+    scores(
+        "keys past the end reach an attn_mask tile", "bounds",
+        fragment="in_mn = rows.live_m[:, None] & (n < stop)[None, :]", replacement="in_mn = rows.live_m[:, None] & (n <= stop)[None, :]",
+    ),
+    tiles(
+        "tiles with holes are taken for full ones", "mask",
+        fragment="m_first, m_last, first, stop, holes, window.left", replacement="m_first, m_last, first, stop, m_first < 0, window.left",
+    ),
+    scores(
+        "edge tiles are not masked", "mask",
+        fragment="if keep_n is not None:\n        scores = hide_keys", replacement="if False:\n        scores = hide_keys",
+    ),
+    tiles(
+        "the tiles left of the window's full ones are skipped", "window",
+        fragment="tl.range(span.lo, span.full_lo, BLOCK, num_stages=1)", replacement="tl.range(span.lo, span.lo, BLOCK, num_stages=1)",
+    ),
+    tiles(
+        "the edge tiles on the right are skipped", "window",
+        fragment="tl.range(span.full_hi, span.hi, BLOCK, num_stages=1)", replacement="tl.range(span.full_hi, span.full_hi, BLOCK, num_stages=1)",
+    ),
+    tiles(
+        "sequence 0's padding hides every sequence's keys", "addressing",
+        fragment="padding.ptr + b * padding.strides[0]", replacement="padding.ptr + 0 * padding.strides[0]",
+    ),
+    tiles(
+        "the mask's last stride is taken as 1", "addressing",
+        fragment="n.to(tl.int64) * padding.strides[1]", replacement="n.to(tl.int64)",
+    ),
+    tiles(
+        "values are found by the strides of keys", "addressing",
+        fragment="return k, at_row(inputs.v, b,", replacement="return k, at_row(View(inputs.v.ptr, inputs.k.strides), b,",
+    ),
+    tiles(
+        "head and sequence are swapped", "addressing",
+        fragment="(bh // heads).to(tl.int64), (bh % heads).to(tl.int64)",
+        replacement="(bh % sequences).to(tl.int64), (bh // sequences).to(tl.int64)",
+    ),
+    tiles(
+        "grouped heads take keys in turn", "addressing",
+        fragment="kv_h = sequence.b, h // TILE.GROUP", replacement="kv_h = sequence.b, h % (inputs.sizes.heads // TILE.GROUP)",
+    ),
+    scores(
+        "the attn_mask of head 0 serves every head", "addressing",
+        fragment="head.b * strides[0] + head.h * strides[1]", replacement="head.b * strides[0]",
+    ),
+    tiles(
+        "the LSE's offset is 32 bits wide", "offset width",
+        fragment="return sequence.b * view.strides[0] + h * view.strides[1] + sequence.q_start",
+        replacement="return (sequence.b * view.strides[0] + h * view.strides[1] + sequence.q_start).to(tl.int32)",
+    ),
+    tiles(
+        "the LSE and delta are found without their head", "addressing",
+        fragment="return sequence.b * view.strides[0] + h * view.strides[1] + sequence.q_start",
+        replacement="return sequence.b * view.strides[0] + sequence.q_start",
+    ),
+    tiles(
+        "batch and head are 32 bits wide", "offset width",
+        fragment="(bh // heads).to(tl.int64), (bh % heads).to(tl.int64)", replacement="bh // heads, bh % heads",
+    ),
+    tiles(
+        "tiles of skipped queries at the sequence's first key are cut", "mask",
+        fragment="(m_first < stop) & (m_last >= first)", replacement="(m_first < stop) & (m_first >= first)",
+    ),
+    tiles(
+        "the gradient of the LSE is ignored", "saved statistics",
+        fragment="d_lse = LOG2E * tl.load(", replacement="d_lse = 0 * tl.load(",
+    ),
+    tiles(
+        "the gradient of the LSE has the wrong sign", "saved statistics",
+        fragment="d_lse = LOG2E * tl.load(", replacement="d_lse = -LOG2E * tl.load(",
+    ),
+    scores(
+        "every head drops by the stream of its sequence's head 0", "dropout",
+        fragment="bh = (b * inputs.sizes.heads + h).to(tl.int32)", replacement="bh = (b * inputs.sizes.heads).to(tl.int32)",
     ),
 ]  # fmt: skip

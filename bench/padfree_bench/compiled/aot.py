@@ -141,9 +141,8 @@ def compile_only(arch: Arch, wanted: tuple[str, ...] | None = None) -> Iterator[
         if wanted is not None and self.fn.__name__ not in wanted:
             return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = {
-            name: value for name, value in kwargs.items() if name.isupper() or name.startswith("num_")
-        }
+        options = {name: value for name, value in kwargs.items() if name.startswith("num_")}
+        constants = kwargs["TILE"]._asdict() | options if "TILE" in kwargs else options
         compiled.append(Compiled(self.fn.__name__, arch, kernel, grid, constants))
         return kernel
 

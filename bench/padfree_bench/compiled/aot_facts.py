@@ -3,9 +3,11 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 import triton
@@ -67,14 +69,26 @@ class Facts:
         return f"{self.kernel} {self.arch} {self.dtype} D{self.head_dim} {self.variant} {self.shape} {config}"
 
 
-def narrow_offsets(ttir: str) -> tuple[str, ...]:
+def argument_paths(name: str, kind: Any) -> Iterator[str]:
+    """The names of what an argument passes to the compiled kernel, in order, such as `inputs.q.strides.1`."""
+    if isinstance(kind, tuple):
+        names = getattr(kind, "_fields", range(len(kind)))
+        for field, inner in zip(names, kind, strict=True):
+            yield from argument_paths(f"{name}.{field}", inner)
+    elif kind != "constexpr":
+        yield name
+
+
+def narrow_offsets(ttir: str, signature: dict[str, Any]) -> tuple[str, ...]:
     """Products and sums with a stride that are computed in fewer than 64 bits, where an offset can wrap.
 
     A stride is an i32 argument; from each the values are followed until they are widened. A stride rounded
     down to a multiple, (stride // 8) * 8, cannot wrap.
     """
-    signature = ttir[ttir.index("tt.func") : ttir.index(") attributes")]
-    narrow = {name for name in VALUE.findall(signature) if "strides" in name}
+    paths = [path for name, kind in signature.items() for path in argument_paths(name, kind)]
+    names = VALUE.findall(ttir[ttir.index("tt.func") : ttir.index(") attributes")])
+    narrow = {value for value, path in zip(names, paths, strict=True) if ".strides." in path}
+    assert narrow, "no stride among the arguments: a stride of every tensor is expected to vary"
     divided: dict[str, str] = {}
     found = []
     for match in OPERATION.finditer(ttir):
@@ -127,7 +141,7 @@ def facts_of(compiled: Compiled, target: Target) -> Facts:
         ex2_full=len(re.findall(r"\bex2\.approx\.f32", text)),
         exponents=compiled.ttir.count("math.exp2"),
         fused=compiled.ttir.count("math.fma"),
-        narrow_offsets=narrow_offsets(compiled.ttir),
+        narrow_offsets=narrow_offsets(compiled.ttir, compiled.kernel.src.signature),
         costs=costs_of(compiled) if backend_of(target.arch) == "cuda" else None,
     )
 

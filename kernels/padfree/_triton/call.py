@@ -3,14 +3,15 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from padfree._triton import tiles
+from padfree._triton import scores, tiles
+from padfree._triton.arguments import Dropout, Inputs, Sizes, Tile, View, Window
 from padfree._triton.configs import Config, choose, padded_head_dim
 
 OPEN = -1
@@ -25,12 +26,12 @@ def settle_cache_keys() -> None:
     A kernel's key on disk depends on whether its callees were hashed before it (Triton 3.6 and 3.7: `_update_hash` reads
     a callee's constants before it has looked for them), so a process that starts with another kernel would compile anew.
     """
-    for function in vars(tiles).values():
+    for function in (*vars(scores).values(), *vars(tiles).values()):
         if isinstance(function, triton.JITFunction):
             _ = function.cache_key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One attention call in the padded form; a packed one is B = 1 with cu_seqlens, its rows end to end.
 
@@ -116,58 +117,55 @@ class Call:
             raise ValueError(f"query and key need {programs} programs; a GPU launches at most {MAX_PROGRAMS}")
         return (programs,)
 
-    def strides(self, tensor: Tensor) -> tuple[int, ...]:
-        """Strides of a [B,H,S,...] tensor; a packed sequence is found by its rows, not by its batch index."""
-        return tensor.stride() if self.cu_seqlens_q is None else (0, *tensor.stride()[1:])
+    def view(self, tensor: Tensor | None) -> View:
+        """A [B,H,S,...] tensor for a kernel; a packed sequence is found by its rows, not by its batch index."""
+        if tensor is None:
+            return ABSENT
+        strides = tensor.stride()
+        return View(tensor, strides if self.cu_seqlens_q is None else (0, *strides[1:]))
 
-    def attn_mask_strides(self) -> tuple[int, ...]:
-        """Strides of attn_mask as [B,H,M,N]: 0 where it is broadcast."""
-        assert self.attn_mask is not None
-        return self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2]).stride()
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What every kernel reads, in the groups it takes; absent things are None, which compiles to nothing."""
+        padding, attn_mask = ABSENT, ABSENT
+        if self.padding is not None:
+            padding = View(_as_bytes(self.padding), self.padding.stride())
+        if self.attn_mask is not None:
+            # Strides are 0 where the mask is broadcast.
+            full = self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2])
+            attn_mask = View(_as_bytes(self.attn_mask), full.stride())
+        cu_q, cu_k = _as_one_row(self.cu_seqlens_q), _as_one_row(self.cu_seqlens_k)
+        return Inputs(
+            q=self.view(self.query),
+            k=self.view(self.key),
+            v=self.view(self.value),
+            padding=padding,
+            attn_mask=attn_mask,
+            dropout=Dropout(self.seed, self.dropout_p),
+            window=Window(self._side(self.left), self._side(self.right)),
+            sizes=Sizes(self.batch, self.heads, self.max_q, self.max_k, cu_q, cu_k),
+            scale=self.scale,
+            scale2=self.scale * LOG2E,
+        )
 
-    def kernel_args(self, config: Config, *others: Tensor) -> dict[str, Any]:
-        """What every kernel takes by keyword; absent things are None, which compiles to nothing.
-
-        `others` are the further [B,H,S,D] tensors of the launch, which share the alignment of rows.
-        """
-        padding, attn_mask = self.padding, self.attn_mask
-        head_dim = self.query.shape[3]
+    def options(self, config: Config, *others: Tensor) -> dict[str, Any]:
+        """What a kernel is compiled for. `others` are the launch's further [B,H,S,D] tensors, which are read as rows too."""
         settle_cache_keys()
-        return {
-            "q_ptr": self.query,
-            "k_ptr": self.key,
-            "v_ptr": self.value,
-            "mask_ptr": _as_bytes(padding),
-            "attn_mask_ptr": _as_bytes(attn_mask),
-            "seed_ptr": self.seed,
-            "cu_q_ptr": _as_one_row(self.cu_seqlens_q),
-            "cu_k_ptr": _as_one_row(self.cu_seqlens_k),
-            "q_strides": self.strides(self.query),
-            "k_strides": self.strides(self.key),
-            "v_strides": self.strides(self.value),
-            "mask_strides": (0, 0) if padding is None else padding.stride(),
-            "attn_mask_strides": (0, 0, 0, 0) if attn_mask is None else self.attn_mask_strides(),
-            "sequences": self.batch,
-            "heads": self.heads,
-            "num_queries": self.max_q,
-            "num_keys": self.max_k,
-            "scale": self.scale,
-            "scale2": self.scale * LOG2E,
-            "dropout_p": self.dropout_p,
-            "window_left": self._side(self.left),
-            "window_right": self._side(self.right),
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": padded_head_dim(head_dim),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "GROUP": self.heads // self.kv_heads if self.kv_heads else 1,
-            "SKIP_QUERIES": self.skip_padded_queries and padding is not None,
-            "IS_BIAS": attn_mask is not None and attn_mask.dtype != torch.bool,
-            "PRECISION": dot_precision(self.query.dtype),
-            "ALIGN": row_alignment(self.query, self.key, self.value, *others),
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
+        head_dim = self.query.shape[3]
+        tile = Tile(
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            GROUP=self.heads // self.kv_heads if self.kv_heads else 1,
+            SKIP_QUERIES=self.skip_padded_queries and self.padding is not None,
+            PRECISION=dot_precision(self.query.dtype),
+            ALIGN=row_alignment(self.query, self.key, self.value, *others),
+        )
+        return {"TILE": tile, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+ABSENT = View(None, (0, 0, 0, 0))
 
 
 def _as_bytes(mask: Tensor | None) -> Tensor | None:

@@ -1,170 +1,171 @@
 """The gradients of key and value. DESIGN.md, "Backward".
 
-One program per (tile of BLOCK_N keys, sequence and key head): it owns those rows of dk and dv and walks every query that
-sees them. It recomputes the scores from q, k and lse2; sums run in one fixed order, so results repeat bit for bit.
+Grid: one program per (tile of BLOCK_N keys, sequence and key head); it owns those rows of dk and dv and walks every query
+that sees them. It recomputes the scores from q, k and lse2; sums run in one fixed order, so results repeat bit for bit.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_hip
 
+from padfree._triton.arguments import View
 from padfree._triton.call import Call
 from padfree._triton.configs import Config
-from padfree._triton.tiles import (
+from padfree._triton.scores import (
     apply_attn_mask,
     drop,
     dropout_keep,
     dropout_stream,
-    head_offset,
     hide,
     in_window,
     load_attn_mask,
+    scale_add,
+)
+from padfree._triton.tiles import (
+    at_row,
     load_keep_n,
     load_lse2,
     load_tile,
-    scale_add,
-    sequence_rows,
+    owned_tile,
+    row_offset,
+    sequence_of,
     store_tile,
     visible_range,
     visible_span,
+    walk,
 )
 
 
-@triton.jit
-def accumulate_dkv(
-    dk, dv, k, v, q_ptr, d_out_ptr, lse2_ptr, delta_ptr, inverse_ptr, attn_mask_ptr, stream,
-    q_strides, d_out_strides, attn_mask_strides,
-    lo, hi, n, in_n, factor, dropout_p, window_left, window_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, IS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """dv += Pᵀ @ d_out, dk += dSᵀ @ q over the query rows of [lo, hi), scores held as [keys, rows].
+class Keys(NamedTuple):
+    """A program's keys: their positions, which exist, k and v."""
 
-    A padded key touches only its own row of dk and dv, so padding needs no mask here: those rows are
-    cleared once at the end. Without MASKED every row lies in range and sees a key.
+    n: Any
+    in_n: Any
+    k: Any
+    v: Any
+
+
+class QueryHead(NamedTuple):
+    """A query head of sequence b: what its rows bring, from the first one on, and its dropout stream."""
+
+    q: View
+    d_out: View
+    lse2_ptr: Any
+    delta_ptr: Any
+    inverse_ptr: Any
+    b: Any
+    h: Any
+    stream: Any
+
+
+class Gradients(NamedTuple):
+    """dS ᵀ @ q and Pᵀ @ d_out so far, [BLOCK_N, BLOCK_D]."""
+
+    dk: Any
+    dv: Any
+
+
+@triton.jit
+def accumulate_dkv(grads, keys, head, inputs, start, stop, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """dv += Pᵀ @ d_out, dk += dSᵀ @ q over the tile of query rows at `start`, scores held as [keys, rows].
+
+    A padded key touches only its own row of dk and dv, so padding needs no mask here: those rows are cleared once at the
+    end. Without MASKED every row lies in range and sees a key.
     """
-    for start in tl.range(lo, hi, BLOCK_M, num_stages=1 if MASKED else None):
-        m = start + tl.arange(0, BLOCK_M)
-        if MASKED:
-            lse2, live_m = load_lse2(lse2_ptr, m, m < hi)
-            delta = tl.load(delta_ptr + m, mask=live_m, other=0.0)
-        elif is_hip() or BLOCK_M < 64:
-            # Triton's passes for AMD fail on pointers joined, and fewer than 128 numbers are not worth it (below).
-            lse2, live_m, delta = tl.load(lse2_ptr + m), None, tl.load(delta_ptr + m)
-        else:
-            # One load of both: of fewer numbers than threads Triton 3.6.0 hands all to every thread, 4 bytes at a time.
-            live_m = None
-            lse2, delta = tl.split(tl.load(tl.join(lse2_ptr + m, delta_ptr + m)))
-        q = load_tile(q_ptr, start, q_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
-        d_out = load_tile(d_out_ptr, start, d_out_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
-        tile_factor, attn_mask = factor, None
-        if attn_mask_ptr is not None:
-            in_nm = in_n[:, None] & (m < hi)[None, :]
-            attn_mask = load_attn_mask(
-                attn_mask_ptr, attn_mask_strides, m[None, :], n[:, None], in_nm, IS_BIAS
-            )
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        if attn_mask_ptr is not None:
-            scores, tile_factor = apply_attn_mask(scores, factor, attn_mask, IS_BIAS)
-        if MASKED and (window_left is not None or window_right is not None):
-            scores = hide(scores, in_window(in_n[:, None], m[None, :], n[:, None], window_left, window_right))
-        probs = tl.exp2(scale_add(scores, tile_factor, -lse2[None, :]))
-        if inverse_ptr is not None:
-            probs *= tl.load(inverse_ptr + m, mask=m < hi, other=1.0)[None, :]
-        d_probs = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-        dropped = probs
-        if stream is not None:
-            kept = dropout_keep(stream, m[None, :], n[:, None], dropout_p)
-            dropped = drop(probs, kept, dropout_p)
-            d_probs = drop(d_probs, kept, dropout_p)
-        dv = tl.dot(dropped.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
-        d_scores = probs * (d_probs - delta[None, :])
-        dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    n, in_n, window = keys.n, keys.in_n, inputs.window
+    m = start + tl.arange(0, TILE.BLOCK_M)
+    if MASKED:
+        lse2, live_m = load_lse2(head.lse2_ptr, m, m < stop)
+        delta = tl.load(head.delta_ptr + m, mask=live_m, other=0.0)
+    elif is_hip() or TILE.BLOCK_M < 64:
+        # Triton's passes for AMD fail on pointers joined, and fewer than 128 numbers are not worth it (below).
+        lse2, live_m, delta = tl.load(head.lse2_ptr + m), None, tl.load(head.delta_ptr + m)
+    else:
+        # One load of both: of fewer numbers than threads Triton 3.6.0 hands all to every thread, 4 bytes at a time.
+        live_m = None
+        lse2, delta = tl.split(tl.load(tl.join(head.lse2_ptr + m, head.delta_ptr + m)))
+    q = load_tile(head.q, start, live_m, TILE.BLOCK_M, TILE)
+    d_out = load_tile(head.d_out, start, live_m, TILE.BLOCK_M, TILE)
+    factor, attn_mask = inputs.scale2, None
+    if inputs.attn_mask.ptr is not None:
+        in_nm = in_n[:, None] & (m < stop)[None, :]
+        attn_mask = load_attn_mask(inputs.attn_mask, head, m[None, :], n[:, None], in_nm)
+    scores = tl.dot(keys.k, tl.trans(q), input_precision=TILE.PRECISION)  # [BLOCK_N, BLOCK_M]
+    if inputs.attn_mask.ptr is not None:
+        scores, factor = apply_attn_mask(scores, factor, attn_mask)
+    if MASKED and (window.left is not None or window.right is not None):
+        scores = hide(scores, in_window(in_n[:, None], m[None, :], n[:, None], window))
+    probs = tl.exp2(scale_add(scores, factor, -lse2[None, :]))
+    if head.inverse_ptr is not None:
+        probs *= tl.load(head.inverse_ptr + m, mask=m < stop, other=1.0)[None, :]
+    d_probs = tl.dot(keys.v, tl.trans(d_out), input_precision=TILE.PRECISION)
+    dropped = probs
+    if inputs.dropout.seed_ptr is not None:
+        kept = dropout_keep(head.stream, m[None, :], n[:, None], inputs.dropout.p)
+        dropped = drop(probs, kept, inputs.dropout.p)
+        d_probs = drop(d_probs, kept, inputs.dropout.p)
+    dv = tl.dot(dropped.to(d_out.dtype), d_out, grads.dv, input_precision=TILE.PRECISION)
+    d_scores = probs * (d_probs - delta[None, :])
+    dk = tl.dot(d_scores.to(q.dtype), q, grads.dk, input_precision=TILE.PRECISION)
+    return Gradients(dk, dv)
 
 
 @triton.jit
-def key_gradient_kernel(
-    # Tensors as in the forward; d_out [B,H,M,D], lse2, delta and inverse (or None) [B,H,M] fp32, dk and dv [B,H_kv,N,D]
-    q_ptr, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
-    lse2_ptr, d_out_ptr, delta_ptr, inverse_ptr, dk_ptr, dv_ptr,
-    # Strides; delta and inverse share lse2's
-    q_strides, k_strides, v_strides, mask_strides, attn_mask_strides,
-    lse2_strides, d_out_strides, dk_strides, dv_strides,
-    # Sizes and scalars
-    sequences, heads, num_queries, num_keys, scale, scale2, dropout_p, window_left, window_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr, SKIP_QUERIES: tl.constexpr, IS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys: dv = Pᵀ @ d_out and dk = scale * dSᵀ @ q, over every query head that shares them."""
-    kv_heads = heads // GROUP
-    tile = tl.cdiv(num_keys, BLOCK_N) - 1 - tl.program_id(0) // (sequences * kv_heads)
-    b = (tl.program_id(0) % (sequences * kv_heads) // kv_heads).to(tl.int64)
-    kv_h = (tl.program_id(0) % kv_heads).to(tl.int64)
-    q_start, rows = sequence_rows(cu_q_ptr, b, num_queries)
-    k_start, keys = sequence_rows(cu_k_ptr, b, num_keys)
-    k_ptr += head_offset(k_strides, b, kv_h, k_start, ALIGN)
-    v_ptr += head_offset(v_strides, b, kv_h, k_start, ALIGN)
-    dk_ptr += head_offset(dk_strides, b, kv_h, k_start, ALIGN)
-    dv_ptr += head_offset(dv_strides, b, kv_h, k_start, ALIGN)
-    if mask_ptr is not None:
-        mask_ptr += b * mask_strides[0]
+def key_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, dk, dv, TILE: tl.constexpr):
+    """One tile of keys: dv = Pᵀ @ d_out and dk = scale * dSᵀ @ q, over every query head that shares them.
 
-    first, stop, holes = visible_span(mask_ptr, mask_strides[1], keys)
+    d_out [B,H,M,D]; lse2 and, with its strides, delta and inverse (or None) [B,H,M] fp32; dk and dv [B,H_kv,N,D].
+    """
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    BLOCK_D: tl.constexpr = TILE.BLOCK_D
+    sizes = inputs.sizes
+    tile, b, kv_h = owned_tile(sizes.keys, sizes.sequences, sizes.heads // TILE.GROUP, BLOCK_N)
+    sequence = sequence_of(sizes, b)
+
+    first, stop, holes = visible_span(inputs.padding, b, sequence.keys)
     n_first = tile * BLOCK_N
-    n_last = tl.minimum(n_first + BLOCK_N, keys) - 1
+    n_last = tl.minimum(n_first + BLOCK_N, sequence.keys) - 1
     n = n_first + tl.arange(0, BLOCK_N)
-    in_n = n < keys
-    keep_n = load_keep_n(mask_ptr, mask_strides[1], n, keys)
-    row_first, row_stop, ragged = first * 0, rows, attn_mask_ptr is not None
-    if SKIP_QUERIES:
+    in_n = n < sequence.keys
+    keep_n = load_keep_n(inputs.padding, b, n, sequence.keys)
+    row_first, row_stop, ragged = first * 0, sequence.queries, inputs.attn_mask.ptr is not None
+    if TILE.SKIP_QUERIES:
         row_first, row_stop, ragged = first, stop, ragged | holes
     row_stop = tl.where((n_first >= stop) | (n_last < first), row_first, row_stop)
-    lo, full_lo, full_hi, hi = visible_range(
-        n_first, n_last, row_first, row_stop, ragged, window_right, window_left, BLOCK_M
+    window = inputs.window
+    span = visible_range(
+        n_first, n_last, row_first, row_stop, ragged, window.right, window.left, TILE.BLOCK_M
     )
 
-    k = load_tile(k_ptr, n_first, k_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-    v = load_tile(v_ptr, n_first, v_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for g in range(GROUP):
-        h = kv_h * GROUP + g
-        q_head = q_ptr + head_offset(q_strides, b, h, q_start, ALIGN)
-        d_out_head = d_out_ptr + head_offset(d_out_strides, b, h, q_start, ALIGN)
-        rows_offset = b * lse2_strides[0] + h * lse2_strides[1] + q_start
-        lse2_head, delta_head = lse2_ptr + rows_offset, delta_ptr + rows_offset
-        inverse_head = inverse_ptr
-        if inverse_ptr is not None:
-            inverse_head = inverse_ptr + rows_offset
-        mask_head = attn_mask_ptr
-        if attn_mask_ptr is not None:
-            mask_head = attn_mask_ptr + b * attn_mask_strides[0] + h * attn_mask_strides[1]
-        stream = None if seed_ptr is None else dropout_stream(seed_ptr, (b * heads + h).to(tl.int32))
-        if window_right is not None:
-            dk, dv = accumulate_dkv(
-                dk, dv, k, v, q_head, d_out_head, lse2_head, delta_head, inverse_head, mask_head, stream,
-                q_strides, d_out_strides, attn_mask_strides,
-                lo, full_lo, n, in_n, scale2, dropout_p, window_left, window_right,
-                HEAD_DIM, BLOCK_D, BLOCK_M, IS_BIAS, PRECISION, ALIGN, MASKED=True,
-            )  # fmt: skip
-        dk, dv = accumulate_dkv(
-            dk, dv, k, v, q_head, d_out_head, lse2_head, delta_head, inverse_head, mask_head, stream,
-            q_strides, d_out_strides, attn_mask_strides,
-            full_lo, full_hi, n, in_n, scale2, dropout_p, window_left, window_right,
-            HEAD_DIM, BLOCK_D, BLOCK_M, IS_BIAS, PRECISION, ALIGN, MASKED=False,
-        )  # fmt: skip
-        dk, dv = accumulate_dkv(
-            dk, dv, k, v, q_head, d_out_head, lse2_head, delta_head, inverse_head, mask_head, stream,
-            q_strides, d_out_strides, attn_mask_strides,
-            full_hi, hi, n, in_n, scale2, dropout_p, window_left, window_right,
-            HEAD_DIM, BLOCK_D, BLOCK_M, IS_BIAS, PRECISION, ALIGN, MASKED=True,
-        )  # fmt: skip
-    dk = tl.where(keep_n[:, None], dk * scale, 0.0)
-    dv = tl.where(keep_n[:, None], dv, 0.0)
-    store_tile(dk_ptr, dk, n_first, dk_strides, in_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-    store_tile(dv_ptr, dv, n_first, dv_strides, in_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
+    k = load_tile(at_row(inputs.k, b, kv_h, sequence.k_start, TILE), n_first, keep_n, BLOCK_N, TILE)
+    v = load_tile(at_row(inputs.v, b, kv_h, sequence.k_start, TILE), n_first, keep_n, BLOCK_N, TILE)
+    keys = Keys(n, in_n, k, v)
+    grads = Gradients(
+        tl.zeros((BLOCK_N, BLOCK_D), tl.float32),
+        tl.zeros((BLOCK_N, BLOCK_D), tl.float32),
+    )
+    has_leading_edge: tl.constexpr = window.right is not None
+    for g in range(TILE.GROUP):
+        h = kv_h * TILE.GROUP + g
+        first_row = row_offset(lse2, sequence, h)
+        head = QueryHead(
+            at_row(inputs.q, b, h, sequence.q_start, TILE),
+            at_row(d_out, b, h, sequence.q_start, TILE),
+            lse2.ptr + first_row,
+            delta_ptr + first_row,
+            None if inverse_ptr is None else inverse_ptr + first_row,
+            b,
+            h,
+            dropout_stream(inputs, b, h),
+        )
+        grads = walk(accumulate_dkv, grads, keys, head, inputs, span, has_leading_edge, TILE.BLOCK_M, TILE)
+    dk_tile = tl.where(keep_n[:, None], grads.dk * inputs.scale, 0.0)
+    dv_tile = tl.where(keep_n[:, None], grads.dv, 0.0)
+    store_tile(at_row(dk, b, kv_h, sequence.k_start, TILE), dk_tile, n_first, in_n, BLOCK_N, TILE)
+    store_tile(at_row(dv, b, kv_h, sequence.k_start, TILE), dv_tile, n_first, in_n, BLOCK_N, TILE)
 
 
 def launch_key_gradient(
@@ -180,15 +181,12 @@ def launch_key_gradient(
     """Write dk and dv in one launch."""
     config = config or call.config("key_gradient")
     key_gradient_kernel[call.grid(call.max_k, config.block_n, call.kv_heads)](
-        lse2_ptr=lse2,
-        d_out_ptr=d_out,
+        inputs=call.inputs,
+        lse2=call.view(lse2),
+        d_out=call.view(d_out),
         delta_ptr=delta,
         inverse_ptr=inverse,
-        dk_ptr=dk,
-        dv_ptr=dv,
-        lse2_strides=call.strides(lse2),
-        d_out_strides=call.strides(d_out),
-        dk_strides=call.strides(dk),
-        dv_strides=call.strides(dv),
-        **call.kernel_args(config, d_out, dk, dv),
+        dk=call.view(dk),
+        dv=call.view(dv),
+        **call.options(config, d_out, dk, dv),
     )

@@ -4,157 +4,131 @@ Grid as in the forward: a program owns its rows of dq, and of delta = rowsum(out
 fp32, `inverse`. It recomputes the scores from q, k and lse2; sums run in one fixed order, so results repeat bit for bit.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from padfree._triton.call import Call
 from padfree._triton.configs import Config
+from padfree._triton.scores import drop, dropout_keep, dropout_stream, refine, scale_add, score_tile
 from padfree._triton.tiles import (
-    LOG2E,
-    drop,
-    dropout_keep,
-    dropout_stream,
-    head_offset,
+    Head,
+    at_row,
+    keys_of_head,
     keys_of_rows,
+    load_d_lse,
     load_keep_n,
     load_lse2,
     load_tile,
-    refine,
-    scale_add,
-    score_tile,
-    sequence_rows,
+    owned_tile,
+    row_offset,
+    sequence_of,
     store_tile,
+    walk,
 )
 
 
-@triton.jit
-def accumulate_dq(
-    dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
-    k_strides, v_strides, mask_stride_n, attn_mask_strides,
-    lo, hi, stop, m, live_m, factor, dropout_p, window_left, window_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr, ROW_SUMS: tl.constexpr, REFINE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """dq += dS @ k over the keys of [lo, hi), of which some may be hidden if MASKED, with dS = P * (d_out @ vᵀ - delta).
+class Rows(NamedTuple):
+    """A program's query rows: as in the forward, what the forward left for them, and where more sums of theirs go."""
 
-    With ROW_SUMS also the row sums of P and dS, with REFINE also P @ k.
-    """
-    for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASKED else None):
-        n = start + tl.arange(0, BLOCK_N)
-        keep_n = load_keep_n(mask_ptr, mask_stride_n, n, stop) if MASKED else None
-        v = load_tile(v_ptr, start, v_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-        scores, tile_factor, k = score_tile(
-            q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
-            window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN,
-        )  # fmt: skip
-        probs = tl.exp2(scale_add(scores, tile_factor, -lse2[:, None]))
-        d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
-        if stream is not None:
-            kept = dropout_keep(stream, m[:, None], n[None, :], dropout_p)
-            d_probs = drop(d_probs, kept, dropout_p)
-        d_scores = probs * (d_probs - delta[:, None])
-        dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
-        if ROW_SUMS:
-            prob_sum += tl.sum(probs, 1)
-            d_score_sum += tl.sum(d_scores, 1)
-        if REFINE:
-            weighted_k = tl.dot(probs, k, weighted_k, input_precision=PRECISION)
-    return dq, prob_sum, d_score_sum, weighted_k
+    m: Any
+    live_m: Any
+    q: Any
+    d_out: Any
+    lse2: Any
+    delta: Any
+    inverse_ptr: Any
+    refined_ptr: Any
+
+
+class Sums(NamedTuple):
+    """So far: dS @ k; the row sums of P and dS, used where `inverse` is wanted; P @ k, used where dq is refined."""
+
+    dq: Any
+    probs: Any
+    d_scores: Any
+    weighted_k: Any
+
+
+@triton.jit
+def accumulate_dq(sums, rows, head, inputs, start, stop, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """dq += dS @ k over the tile of keys at `start`, with dS = P * (d_out @ vᵀ - delta)."""
+    n = start + tl.arange(0, TILE.BLOCK_N)
+    keep_n = load_keep_n(inputs.padding, head.b, n, stop) if MASKED else None
+    v = load_tile(head.v, start, keep_n, TILE.BLOCK_N, TILE)
+    k = load_tile(head.k, start, keep_n, TILE.BLOCK_N, TILE)
+    scores, factor = score_tile(rows, k, head, inputs, n, keep_n, stop, TILE)
+    probs = tl.exp2(scale_add(scores, factor, -rows.lse2[:, None]))
+    d_probs = tl.dot(rows.d_out, tl.trans(v), input_precision=TILE.PRECISION)
+    if inputs.dropout.seed_ptr is not None:
+        kept = dropout_keep(head.stream, rows.m[:, None], n[None, :], inputs.dropout.p)
+        d_probs = drop(d_probs, kept, inputs.dropout.p)
+    d_scores = probs * (d_probs - rows.delta[:, None])
+    dq = tl.dot(d_scores.to(k.dtype), k, sums.dq, input_precision=TILE.PRECISION)
+    prob_sum, d_score_sum, weighted_k = sums.probs, sums.d_scores, sums.weighted_k
+    if rows.inverse_ptr is not None:
+        prob_sum += tl.sum(probs, 1)
+        d_score_sum += tl.sum(d_scores, 1)
+        if rows.refined_ptr is None:
+            weighted_k = tl.dot(probs, k, weighted_k, input_precision=TILE.PRECISION)
+    return Sums(dq, prob_sum, d_score_sum, weighted_k)
 
 
 @triton.jit
 def query_gradient_kernel(
-    # Tensors as in the forward; d_out and dq [B,H,M,D], the others [B,H,M] fp32; d_lse2, inverse and refined may be None
-    q_ptr, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
-    out_ptr, lse2_ptr, d_out_ptr, d_lse2_ptr, delta_ptr, inverse_ptr, refined_ptr, dq_ptr,
-    # Strides; delta, inverse and refined share lse2's
-    q_strides, k_strides, v_strides, mask_strides, attn_mask_strides,
-    out_strides, lse2_strides, d_out_strides, d_lse2_strides, dq_strides,
-    # Sizes and scalars
-    sequences, heads, num_queries, num_keys, scale, scale2, dropout_p, window_left, window_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr, SKIP_QUERIES: tl.constexpr, IS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+    inputs, out, lse2, d_out, d_lse2, delta_ptr, inverse_ptr, refined_ptr, dq, TILE: tl.constexpr
+):
     """One tile of query rows: delta and dq = scale * dS @ k; for fp32 both made to fit the recomputed weights.
 
-    With refined_ptr only what it receives, delta for attn_mask's gradient, is made to fit.
+    out, d_out and dq [B,H,M,D]; lse2 and, with its strides, delta, inverse and refined [B,H,M] fp32. d_lse2, inverse and
+    refined may be None. With `refined` only what it receives, delta for attn_mask's gradient, is made to fit.
     """
     ROW_SUMS: tl.constexpr = inverse_ptr is not None
     REFINE: tl.constexpr = inverse_ptr is not None and refined_ptr is None
-    tile = tl.cdiv(num_queries, BLOCK_M) - 1 - tl.program_id(0) // (sequences * heads)
-    bh = tl.program_id(0) % (sequences * heads)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    kv_h = h // GROUP
-    q_start, rows = sequence_rows(cu_q_ptr, b, num_queries)
-    k_start, keys = sequence_rows(cu_k_ptr, b, num_keys)
-    q_ptr += head_offset(q_strides, b, h, q_start, ALIGN)
-    k_ptr += head_offset(k_strides, b, kv_h, k_start, ALIGN)
-    v_ptr += head_offset(v_strides, b, kv_h, k_start, ALIGN)
-    out_ptr += head_offset(out_strides, b, h, q_start, ALIGN)
-    d_out_ptr += head_offset(d_out_strides, b, h, q_start, ALIGN)
-    dq_ptr += head_offset(dq_strides, b, h, q_start, ALIGN)
-    rows_offset = b * lse2_strides[0] + h * lse2_strides[1] + q_start
-    if d_lse2_ptr is not None:
-        d_lse2_ptr += b * d_lse2_strides[0] + h * d_lse2_strides[1] + q_start * d_lse2_strides[2]
-    if mask_ptr is not None:
-        mask_ptr += b * mask_strides[0]
-    if attn_mask_ptr is not None:
-        attn_mask_ptr += b * attn_mask_strides[0] + h * attn_mask_strides[1]
-    stream = None if seed_ptr is None else dropout_stream(seed_ptr, bh)
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_D: tl.constexpr = TILE.BLOCK_D
+    sizes = inputs.sizes
+    tile, b, h = owned_tile(sizes.queries, sizes.sequences, sizes.heads, BLOCK_M)
+    sequence = sequence_of(sizes, b)
+    k, v = keys_of_head(inputs, sequence, h, TILE)
+    head = Head(k, v, b, h, dropout_stream(inputs, b, h))
 
     m_first = tile * BLOCK_M
-    m_last = tl.minimum(m_first + BLOCK_M, rows) - 1
+    m_last = tl.minimum(m_first + BLOCK_M, sequence.queries) - 1
     m = m_first + tl.arange(0, BLOCK_M)
-    in_m = m < rows
-    stop, lo, full_lo, full_hi, hi = keys_of_rows(
-        m_first, m_last, mask_ptr, mask_strides[1], keys, window_left, window_right, BLOCK_N, SKIP_QUERIES
-    )
+    in_m = m < sequence.queries
+    span = keys_of_rows(inputs, sequence, m_first, m_last, TILE)
 
-    lse2, live_m = load_lse2(lse2_ptr + rows_offset, m, in_m)
-    q = load_tile(q_ptr, m_first, q_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
-    d_out = load_tile(d_out_ptr, m_first, d_out_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
-    out = load_tile(out_ptr, m_first, out_strides, live_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
-    d_lse = tl.zeros((BLOCK_M,), tl.float32)
-    if d_lse2_ptr is not None:
-        d_lse = LOG2E * tl.load(d_lse2_ptr + m.to(tl.int64) * d_lse2_strides[2], mask=live_m, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1) - d_lse
+    first_row = row_offset(lse2, sequence, h)
+    row_lse2, live_m = load_lse2(lse2.ptr + first_row, m, in_m)
+    q = load_tile(at_row(inputs.q, b, h, sequence.q_start, TILE), m_first, live_m, BLOCK_M, TILE)
+    d_out_tile = load_tile(at_row(d_out, b, h, sequence.q_start, TILE), m_first, live_m, BLOCK_M, TILE)
+    out_tile = load_tile(at_row(out, b, h, sequence.q_start, TILE), m_first, live_m, BLOCK_M, TILE)
+    d_lse = load_d_lse(d_lse2, sequence, h, m, live_m)
+    delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1) - d_lse
     if not REFINE:
-        tl.store(delta_ptr + rows_offset + m, delta, mask=in_m)
+        tl.store(delta_ptr + first_row + m, delta, mask=in_m)
 
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    prob_sum = tl.zeros((BLOCK_M,), tl.float32)
-    d_score_sum = tl.zeros((BLOCK_M,), tl.float32)
-    weighted_k = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if window_left is not None:
-        dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
-            dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
-            k_strides, v_strides, mask_strides[1], attn_mask_strides,
-            lo, full_lo, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, MASKED=True,
-        )  # fmt: skip
-    dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
-        dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
-        k_strides, v_strides, mask_strides[1], attn_mask_strides,
-        full_lo, full_hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, MASKED=False,
-    )  # fmt: skip
-    dq, prob_sum, d_score_sum, weighted_k = accumulate_dq(
-        dq, prob_sum, d_score_sum, weighted_k, q, d_out, lse2, delta, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
-        k_strides, v_strides, mask_strides[1], attn_mask_strides,
-        full_hi, hi, stop, m, live_m, scale2, dropout_p, window_left, window_right,
-        HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, PRECISION, ALIGN, ROW_SUMS, REFINE, MASKED=True,
-    )  # fmt: skip
+    sums = Sums(
+        tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
+        tl.zeros((BLOCK_M,), tl.float32),
+        tl.zeros((BLOCK_M,), tl.float32),
+        tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
+    )
+    rows = Rows(m, live_m, q, d_out_tile, row_lse2, delta, inverse_ptr, refined_ptr)
+    has_left_edge: tl.constexpr = inputs.window.left is not None
+    sums = walk(accumulate_dq, sums, rows, head, inputs, span, has_left_edge, TILE.BLOCK_N, TILE)
+    result = sums.dq
     if ROW_SUMS:
-        inverse, drift = refine(prob_sum, d_score_sum, d_lse, live_m)
-        tl.store(inverse_ptr + rows_offset + m, inverse, mask=in_m)
+        inverse, drift = refine(sums.probs, sums.d_scores, d_lse, live_m)
+        tl.store(inverse_ptr + first_row + m, inverse, mask=in_m)
         if REFINE:
-            dq = (dq - drift[:, None] * weighted_k) * inverse[:, None]
-            tl.store(delta_ptr + rows_offset + m, delta + drift, mask=in_m)
-        else:
-            tl.store(refined_ptr + rows_offset + m, delta + drift, mask=in_m)
-    dq = tl.where(live_m[:, None], dq * scale, 0.0)
-    store_tile(dq_ptr, dq, m_first, dq_strides, in_m, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
+            result = (result - drift[:, None] * sums.weighted_k) * inverse[:, None]
+        tl.store((delta_ptr if REFINE else refined_ptr) + first_row + m, delta + drift, mask=in_m)
+    result = tl.where(live_m[:, None], result * inputs.scale, 0.0)
+    store_tile(at_row(dq, b, h, sequence.q_start, TILE), result, m_first, in_m, BLOCK_M, TILE)
 
 
 def launch_query_gradient(
@@ -172,18 +146,14 @@ def launch_query_gradient(
     """Write dq, delta and, where given, inverse and refined, in one launch."""
     config = config or call.config("query_gradient")
     query_gradient_kernel[call.grid(call.max_q, config.block_m, call.heads)](
-        out_ptr=out,
-        d_out_ptr=d_out,
-        d_lse2_ptr=d_lse2,
-        lse2_ptr=lse2,
+        inputs=call.inputs,
+        out=call.view(out),
+        lse2=call.view(lse2),
+        d_out=call.view(d_out),
+        d_lse2=call.view(d_lse2),
         delta_ptr=delta,
         inverse_ptr=inverse,
         refined_ptr=refined,
-        dq_ptr=dq,
-        out_strides=call.strides(out),
-        lse2_strides=call.strides(lse2),
-        d_out_strides=call.strides(d_out),
-        d_lse2_strides=(0, 0, 0) if d_lse2 is None else call.strides(d_lse2),
-        dq_strides=call.strides(dq),
-        **call.kernel_args(config, out, d_out, dq),
+        dq=call.view(dq),
+        **call.options(config, out, d_out, dq),
     )

@@ -5,6 +5,8 @@ softmax of its own over the keys it has met; the lanes are joined once at the en
 of dk and dv of its head, and its dq. DESIGN.md, "One query".
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,92 +15,93 @@ from torch import Tensor
 from padfree._triton.attn_mask_gradient import launch_attn_mask_gradient
 from padfree._triton.call import Call, on_device
 from padfree._triton.configs import Config
-from padfree._triton.tiles import (
-    LOG2E,
+from padfree._triton.scores import (
     apply_attn_mask,
     drop,
     dropout_keep,
     dropout_stream,
-    head_offset,
     hide,
     in_window,
     load_attn_mask,
+    refine,
+)
+from padfree._triton.tiles import (
+    Head,
+    at_row,
+    keys_of_head,
+    load_d_lse,
     load_keep_n,
     load_lse2,
     load_tile,
-    refine,
-    sequence_rows,
+    row_offset,
+    sequence_of,
     store_tile,
     visible_span,
 )
 
 
+class Query(NamedTuple):
+    """The only row of a head: q and d_out [1, BLOCK_D] fp32, lse2 [1]."""
+
+    q: Any
+    d_out: Any
+    lse2: Any
+
+
 @triton.jit
-def key_scores(
-    q, k_ptr, mask_ptr, attn_mask_ptr, k_strides, mask_stride_n, attn_mask_strides,
-    start, keys, rows, scale2, window_left, window_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+def owned_head(sizes):
+    """(sequence, head) of this program."""
+    bh = tl.program_id(0)
+    return sequence_of(sizes, (bh // sizes.heads).to(tl.int64)), (bh % sizes.heads).to(tl.int64)
+
+
+@triton.jit
+def load_row(view, keep, TILE: tl.constexpr):
+    """[1, BLOCK_D] fp32: the row the view stands at."""
+    return load_tile(view, 0, keep, 1, TILE).to(tl.float32)
+
+
+@triton.jit
+def key_scores(q, head, inputs, sequence, start, TILE: tl.constexpr):
     """(scores2 [BLOCK_N, 1] with hidden keys at -inf, k [BLOCK_N, BLOCK_D] fp32, keep_n) of the tile at `start`."""
-    n = start + tl.arange(0, BLOCK_N)
-    keep_n = load_keep_n(mask_ptr, mask_stride_n, n, keys)
-    k = load_tile(k_ptr, start, k_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN).to(tl.float32)
-    scores = tl.sum(k * q, 1)[:, None]
-    factor = scale2
-    keep = in_window(keep_n[:, None] & (rows > 0), 0, n[:, None], window_left, window_right)
-    if attn_mask_ptr is not None:
-        attn_mask = load_attn_mask(
-            attn_mask_ptr, attn_mask_strides, n[:, None] * 0, n[:, None], keep, IS_BIAS
-        )
-        scores, factor = apply_attn_mask(scores, factor, attn_mask, IS_BIAS)
+    n = start + tl.arange(0, TILE.BLOCK_N)
+    keep_n = load_keep_n(inputs.padding, head.b, n, sequence.keys)
+    k = load_tile(head.k, start, keep_n, TILE.BLOCK_N, TILE).to(tl.float32)
+    scores, factor = tl.sum(k * q, 1)[:, None], inputs.scale2
+    keep = in_window(keep_n[:, None] & (sequence.queries > 0), 0, n[:, None], inputs.window)
+    if inputs.attn_mask.ptr is not None:
+        attn_mask = load_attn_mask(inputs.attn_mask, head, n[:, None] * 0, n[:, None], keep)
+        scores, factor = apply_attn_mask(scores, factor, attn_mask)
     return hide(scores * factor, keep), k, keep_n
 
 
 @triton.jit
-def single_query_forward_kernel(
-    # Tensors, strides and sizes as in `attention_forward_kernel`, with M = 1
-    q_ptr, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, out_ptr, lse2_ptr,
-    q_strides, k_strides, v_strides, mask_strides, attn_mask_strides, out_strides, lse2_strides,
-    sequences, heads, num_queries, num_keys, scale, scale2, dropout_p, window_left, window_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr, SKIP_QUERIES: tl.constexpr, IS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
-):  # fmt: skip
-    """out and lse2 of one head's only query."""
-    bh = tl.program_id(0)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    q_start, rows = sequence_rows(cu_q_ptr, b, num_queries)
-    k_start, keys = sequence_rows(cu_k_ptr, b, num_keys)
-    k_ptr += head_offset(k_strides, b, h // GROUP, k_start, ALIGN)
-    v_ptr += head_offset(v_strides, b, h // GROUP, k_start, ALIGN)
-    if mask_ptr is not None:
-        mask_ptr += b * mask_strides[0]
-    if attn_mask_ptr is not None:
-        attn_mask_ptr += b * attn_mask_strides[0] + h * attn_mask_strides[1]
-    stream = None if seed_ptr is None else dropout_stream(seed_ptr, bh)
-
-    in_m = tl.arange(0, 1) < rows
-    q_ptr += head_offset(q_strides, b, h, q_start, ALIGN)
-    q = load_tile(q_ptr, 0, q_strides, in_m, HEAD_DIM, 1, BLOCK_D, ALIGN).to(tl.float32)
+def single_query_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
+    """out and lse2 of one head's only query; arguments as in `attention_forward_kernel`, with M = 1."""
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    BLOCK_D: tl.constexpr = TILE.BLOCK_D
+    sequence, h = owned_head(inputs.sizes)
+    b, q_start = sequence.b, sequence.q_start
+    k, v = keys_of_head(inputs, sequence, h, TILE)
+    head = Head(k, v, b, h, dropout_stream(inputs, b, h))
+    in_m = tl.arange(0, 1) < sequence.queries
+    q = load_row(at_row(inputs.q, b, h, q_start, TILE), in_m, TILE)
     lane_max2 = tl.full((BLOCK_N, 1), float("-inf"), tl.float32)
     lane_sum = tl.zeros((BLOCK_N, 1), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # From the first visible key on, so that padding on the left has the lanes of padding on the right.
-    first, stop, _has_holes = visible_span(mask_ptr, mask_strides[1], keys)
+    first, stop, _has_holes = visible_span(inputs.padding, sequence.b, sequence.keys)
     for start in range(first, stop, BLOCK_N):
-        scores2, _k, keep_n = key_scores(
-            q, k_ptr, mask_ptr, attn_mask_ptr, k_strides, mask_strides[1], attn_mask_strides,
-            start, keys, rows, scale2, window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, ALIGN,
-        )  # fmt: skip
+        scores2, _k, keep_n = key_scores(q, head, inputs, sequence, start, TILE)
         new_max2 = tl.maximum(lane_max2, scores2)
         shift = tl.where(new_max2 == float("-inf"), 0.0, new_max2)
         probs, rescale = tl.exp2(scores2 - shift), tl.exp2(lane_max2 - shift)
         lane_max2, lane_sum = new_max2, lane_sum * rescale + probs
-        if stream is not None:
+        if inputs.dropout.seed_ptr is not None:
             n = start + tl.arange(0, BLOCK_N)[:, None]
-            probs = tl.where(dropout_keep(stream, n * 0, n, dropout_p), probs, 0.0)
-        v = load_tile(v_ptr, start, v_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN).to(tl.float32)
-        acc = acc * rescale + probs * v
+            probs = tl.where(dropout_keep(head.stream, n * 0, n, inputs.dropout.p), probs, 0.0)
+        values = load_tile(head.v, start, keep_n, BLOCK_N, TILE).to(tl.float32)
+        acc = acc * rescale + probs * values
 
     row_max2 = tl.max(lane_max2, 0)
     weight = tl.exp2(lane_max2 - tl.where(row_max2 == float("-inf"), 0.0, row_max2)[None, :])
@@ -106,132 +109,89 @@ def single_query_forward_kernel(
     # As in the forward: a NaN leaves no maximum, but a sum, and must not pass for a row that sees no key.
     live = row_sum != 0.0
     row_sum = tl.where(live, row_sum, 1.0)
-    kept = 1.0 if seed_ptr is None else 1.0 - dropout_p
-    out = tl.sum(acc * weight, 0)[None, :] / (row_sum * kept)[:, None]
-    out_ptr += head_offset(out_strides, b, h, q_start, ALIGN)
-    store_tile(out_ptr, out, 0, out_strides, in_m, HEAD_DIM, 1, BLOCK_D, ALIGN)
-    lse2 = tl.where(live, row_max2 + tl.log2(row_sum), float("-inf"))
-    lse2_ptr += b * lse2_strides[0] + h * lse2_strides[1] + q_start
-    tl.store(lse2_ptr + tl.arange(0, 1), lse2, mask=in_m)
+    kept = 1.0 if inputs.dropout.seed_ptr is None else 1.0 - inputs.dropout.p
+    result = tl.sum(acc * weight, 0)[None, :] / (row_sum * kept)[:, None]
+    store_tile(at_row(out, b, h, q_start, TILE), result, 0, in_m, 1, TILE)
+    row_lse2 = tl.where(live, row_max2 + tl.log2(row_sum), float("-inf"))
+    tl.store(lse2.ptr + row_offset(lse2, sequence, h) + tl.arange(0, 1), row_lse2, mask=in_m)
 
 
 @triton.jit
-def key_gradients(
-    q, d_out, lse2, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
-    k_strides, v_strides, mask_stride_n, attn_mask_strides,
-    start, keys, rows, scale2, dropout_p, window_left, window_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+def key_gradients(query, head, inputs, sequence, start, TILE: tl.constexpr):
     """(probs, what dropout left of them, d_probs, each [BLOCK_N, 1], and k) of the tile at `start`."""
-    scores2, k, keep_n = key_scores(
-        q, k_ptr, mask_ptr, attn_mask_ptr, k_strides, mask_stride_n, attn_mask_strides,
-        start, keys, rows, scale2, window_left, window_right, HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, ALIGN,
-    )  # fmt: skip
-    v = load_tile(v_ptr, start, v_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN).to(tl.float32)
-    probs = tl.exp2(scores2 - lse2[None, :])
-    dropped, d_probs = probs, tl.sum(v * d_out, 1)[:, None]
-    if stream is not None:
-        n = start + tl.arange(0, BLOCK_N)[:, None]
-        kept = dropout_keep(stream, n * 0, n, dropout_p)
-        dropped = drop(probs, kept, dropout_p)
-        d_probs = drop(d_probs, kept, dropout_p)
+    scores2, k, keep_n = key_scores(query.q, head, inputs, sequence, start, TILE)
+    v = load_tile(head.v, start, keep_n, TILE.BLOCK_N, TILE).to(tl.float32)
+    probs = tl.exp2(scores2 - query.lse2[None, :])
+    dropped, d_probs = probs, tl.sum(v * query.d_out, 1)[:, None]
+    if inputs.dropout.seed_ptr is not None:
+        n = start + tl.arange(0, TILE.BLOCK_N)[:, None]
+        kept = dropout_keep(head.stream, n * 0, n, inputs.dropout.p)
+        dropped = drop(probs, kept, inputs.dropout.p)
+        d_probs = drop(d_probs, kept, inputs.dropout.p)
     return probs, dropped, d_probs, k
 
 
 @triton.jit
 def single_query_backward_kernel(
-    # As in the backward, with M = 1 and as many key heads as query heads; delta and inverse only if attn_mask asks
-    q_ptr, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
-    out_ptr, lse2_ptr, d_out_ptr, d_lse2_ptr, delta_ptr, inverse_ptr, dq_ptr, dk_ptr, dv_ptr,
-    q_strides, k_strides, v_strides, mask_strides, attn_mask_strides,
-    out_strides, lse2_strides, d_out_strides, d_lse2_strides, dq_strides, dk_strides, dv_strides,
-    sequences, heads, num_queries, num_keys, scale, scale2, dropout_p, window_left, window_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr, SKIP_QUERIES: tl.constexpr, IS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
-):  # fmt: skip
-    """dq, dk and dv of one head's only query; scores are recomputed once, for fp32 twice."""
-    bh = tl.program_id(0)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    q_start, rows = sequence_rows(cu_q_ptr, b, num_queries)
-    k_start, keys = sequence_rows(cu_k_ptr, b, num_keys)
-    q_ptr += head_offset(q_strides, b, h, q_start, ALIGN)
-    k_ptr += head_offset(k_strides, b, h, k_start, ALIGN)
-    v_ptr += head_offset(v_strides, b, h, k_start, ALIGN)
-    out_ptr += head_offset(out_strides, b, h, q_start, ALIGN)
-    d_out_ptr += head_offset(d_out_strides, b, h, q_start, ALIGN)
-    dq_ptr += head_offset(dq_strides, b, h, q_start, ALIGN)
-    dk_ptr += head_offset(dk_strides, b, h, k_start, ALIGN)
-    dv_ptr += head_offset(dv_strides, b, h, k_start, ALIGN)
-    if mask_ptr is not None:
-        mask_ptr += b * mask_strides[0]
-    if attn_mask_ptr is not None:
-        attn_mask_ptr += b * attn_mask_strides[0] + h * attn_mask_strides[1]
-    stream = None if seed_ptr is None else dropout_stream(seed_ptr, bh)
+    inputs, out, lse2, d_out, d_lse2, delta_ptr, inverse_ptr, dq, dk, dv, TILE: tl.constexpr
+):
+    """dq, dk and dv of one head's only query; scores are recomputed once, for fp32 twice.
 
-    in_m = tl.arange(0, 1) < rows
-    rows_offset = b * lse2_strides[0] + h * lse2_strides[1] + q_start + tl.arange(0, 1)
-    lse2, live = load_lse2(lse2_ptr, rows_offset, in_m)
-    q = load_tile(q_ptr, 0, q_strides, live, HEAD_DIM, 1, BLOCK_D, ALIGN).to(tl.float32)
-    out = load_tile(out_ptr, 0, out_strides, live, HEAD_DIM, 1, BLOCK_D, ALIGN).to(tl.float32)
-    d_out = load_tile(d_out_ptr, 0, d_out_strides, live, HEAD_DIM, 1, BLOCK_D, ALIGN).to(tl.float32)
-    d_lse = tl.zeros((1,), tl.float32)
-    if d_lse2_ptr is not None:
-        d_lse2_ptr += b * d_lse2_strides[0] + h * d_lse2_strides[1] + q_start * d_lse2_strides[2]
-        d_lse = LOG2E * tl.load(d_lse2_ptr + tl.arange(0, 1), mask=live, other=0.0)
-    delta = tl.sum(out * d_out, 1) - d_lse
+    Arguments as in the backward, with M = 1 and as many key heads as query heads. delta and inverse are written for
+    attn_mask's gradient, None where that is not wanted.
+    """
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    BLOCK_D: tl.constexpr = TILE.BLOCK_D
+    sequence, h = owned_head(inputs.sizes)
+    b, q_start = sequence.b, sequence.q_start
+    k, v = keys_of_head(inputs, sequence, h, TILE)
+    head = Head(k, v, b, h, dropout_stream(inputs, b, h))
+    in_m = tl.arange(0, 1) < sequence.queries
+    own_row = row_offset(lse2, sequence, h) + tl.arange(0, 1)
+    row_lse2, live = load_lse2(lse2.ptr, own_row, in_m)
+    d_out_row = load_row(at_row(d_out, b, h, q_start, TILE), live, TILE)
+    query = Query(load_row(at_row(inputs.q, b, h, q_start, TILE), live, TILE), d_out_row, row_lse2)
+    d_lse = load_d_lse(d_lse2, sequence, h, tl.arange(0, 1), live)
+    delta = tl.sum(load_row(at_row(out, b, h, q_start, TILE), live, TILE) * d_out_row, 1) - d_lse
 
     inverse = tl.full((1,), 1.0, tl.float32)
-    IS_FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    IS_FP32: tl.constexpr = inputs.q.ptr.dtype.element_ty == tl.float32
     if IS_FP32 or inverse_ptr is not None:
         prob_sum, d_score_sum = tl.zeros((BLOCK_N, 1), tl.float32), tl.zeros((BLOCK_N, 1), tl.float32)
-        for start in range(0, keys, BLOCK_N):
-            probs, _dropped, d_probs, _k = key_gradients(
-                q, d_out, lse2, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
-                k_strides, v_strides, mask_strides[1], attn_mask_strides,
-                start, keys, rows, scale2, dropout_p, window_left, window_right,
-                HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, ALIGN,
-            )  # fmt: skip
+        for start in range(0, sequence.keys, BLOCK_N):
+            probs, _dropped, d_probs, _k = key_gradients(query, head, inputs, sequence, start, TILE)
             prob_sum += probs
             d_score_sum += probs * (d_probs - delta[None, :])
         fit, drift = refine(tl.sum(prob_sum, 0), tl.sum(d_score_sum, 0), d_lse, live)
         if inverse_ptr is not None:
-            tl.store(delta_ptr + rows_offset, delta + drift, mask=in_m)
-            tl.store(inverse_ptr + rows_offset, fit, mask=in_m)
+            tl.store(delta_ptr + own_row, delta + drift, mask=in_m)
+            tl.store(inverse_ptr + own_row, fit, mask=in_m)
         if IS_FP32:
             inverse, delta = fit, delta + drift
 
-    dq = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, keys, BLOCK_N):
-        probs, dropped, d_probs, k = key_gradients(
-            q, d_out, lse2, k_ptr, v_ptr, mask_ptr, attn_mask_ptr, stream,
-            k_strides, v_strides, mask_strides[1], attn_mask_strides,
-            start, keys, rows, scale2, dropout_p, window_left, window_right,
-            HEAD_DIM, BLOCK_D, BLOCK_N, IS_BIAS, ALIGN,
-        )  # fmt: skip
+    dq_lanes = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dk, dv = at_row(dk, b, h, sequence.k_start, TILE), at_row(dv, b, h, sequence.k_start, TILE)
+    for start in range(0, sequence.keys, BLOCK_N):
+        probs, dropped, d_probs, keys = key_gradients(query, head, inputs, sequence, start, TILE)
         d_scores = probs * inverse[None, :] * (d_probs - delta[None, :])
-        dq += d_scores * k
-        dk, dv = d_scores * q * scale, dropped * inverse[None, :] * d_out
-        in_n = start + tl.arange(0, BLOCK_N) < keys
-        store_tile(dk_ptr, dk, start, dk_strides, in_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-        store_tile(dv_ptr, dv, start, dv_strides, in_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-    store_tile(dq_ptr, (tl.sum(dq, 0) * scale)[None, :], 0, dq_strides, in_m, HEAD_DIM, 1, BLOCK_D, ALIGN)
+        dq_lanes += d_scores * keys
+        dk_tile, dv_tile = d_scores * query.q * inputs.scale, dropped * inverse[None, :] * query.d_out
+        in_n = start + tl.arange(0, BLOCK_N) < sequence.keys
+        store_tile(dk, dk_tile, start, in_n, BLOCK_N, TILE)
+        store_tile(dv, dv_tile, start, in_n, BLOCK_N, TILE)
+    dq_row = (tl.sum(dq_lanes, 0) * inputs.scale)[None, :]
+    store_tile(at_row(dq, b, h, q_start, TILE), dq_row, 0, in_m, 1, TILE)
 
 
 def launch_single_query_forward(call: Call, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """(out like query, lse2) of a call with max_q = 1."""
-    query = call.query
-    out, lse2 = call.empty_like(query), call.empty_lse2()
+    out, lse2 = call.empty_like(call.query), call.empty_lse2()
     if call.is_empty:
         return out, lse2
     config = config or call.config("single_query")
-    with on_device(query):
+    with on_device(call.query):
         single_query_forward_kernel[call.grid(1, 1, call.heads)](
-            out_ptr=out,
-            lse2_ptr=lse2,
-            out_strides=call.strides(out),
-            lse2_strides=call.strides(lse2),
-            **call.kernel_args(config, out),
+            inputs=call.inputs, out=call.view(out), lse2=call.view(lse2), **call.options(config, out)
         )
     return out, lse2
 
@@ -248,30 +208,23 @@ def launch_single_query_backward(
 ) -> None:
     """Write dq, dk and dv of a call with max_q = 1 and no grouped heads, in one launch, and attn_mask's gradient."""
     dq, dk, dv = grads
-    query = call.query
     delta = inverse = None
     if d_attn_mask is not None:
         delta, inverse = torch.empty_like(lse2), torch.empty_like(lse2)
     config = config or call.config("single_query")
-    with on_device(query):
+    with on_device(call.query):
         single_query_backward_kernel[call.grid(1, 1, call.heads)](
-            out_ptr=out,
-            lse2_ptr=lse2,
-            d_out_ptr=d_out,
-            d_lse2_ptr=d_lse2,
+            inputs=call.inputs,
+            out=call.view(out),
+            lse2=call.view(lse2),
+            d_out=call.view(d_out),
+            d_lse2=call.view(d_lse2),
             delta_ptr=delta,
             inverse_ptr=inverse,
-            dq_ptr=dq,
-            dk_ptr=dk,
-            dv_ptr=dv,
-            out_strides=call.strides(out),
-            lse2_strides=call.strides(lse2),
-            d_out_strides=call.strides(d_out),
-            d_lse2_strides=(0, 0, 0) if d_lse2 is None else call.strides(d_lse2),
-            dq_strides=call.strides(dq),
-            dk_strides=call.strides(dk),
-            dv_strides=call.strides(dv),
-            **call.kernel_args(config, out, d_out, *grads),
+            dq=call.view(dq),
+            dk=call.view(dk),
+            dv=call.view(dv),
+            **call.options(config, out, d_out, *grads),
         )
         if d_attn_mask is not None and delta is not None and inverse is not None:
             launch_attn_mask_gradient(call, lse2, d_out, delta, inverse, d_attn_mask)

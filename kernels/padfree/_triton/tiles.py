@@ -1,18 +1,70 @@
-"""Device code that every kernel shares: where a sequence lies, which keys are visible, how a tile is read.
+"""Device code that every kernel shares: which rows a program owns, which tiles it walks, how a tile is read and written.
 
-Letters: b sequence, h query head, m query row, n key, d head_dim. Scores and the softmax state are fp32 and in
-base 2: `scores2 = scale * log2(e) * q·k + log2(e) * bias`. `keep` is True where a query may see a key.
-An absent tensor or window side is None, which the compiler removes.
+Letters: b sequence, h query head, m query row, n key, d head_dim. `keep_*` is True where a key is visible or a row is
+computed, `in_*` where it exists. What is absent is None, which the compiler removes.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Philox-2x32 (Salmon et al. 2011): the fewest rounds that pass BigCrush, multiplier and key step
-PHILOX_ROUNDS, PHILOX_M, PHILOX_W = tl.constexpr(7), tl.constexpr(0xD256D193), tl.constexpr(0x9E3779B9)
+from padfree._triton.arguments import View
+from padfree._triton.scores import LOG2E
+
 SCAN_BLOCK = tl.constexpr(512)
+
+
+class Sequence(NamedTuple):
+    """Sequence b: its first query row and key in memory, and how many it has."""
+
+    b: Any
+    q_start: Any
+    queries: Any
+    k_start: Any
+    keys: Any
+
+
+class Head(NamedTuple):
+    """What a query head of sequence b sees: its keys and values from their first row on, and its dropout stream."""
+
+    k: View
+    v: View
+    b: Any
+    h: Any
+    stream: Any
+
+
+class Span(NamedTuple):
+    """Tiles to walk: an edge [lo, full_lo), full tiles [full_lo, full_hi) and an edge [full_hi, hi); none at `stop` or later."""
+
+    lo: Any
+    full_lo: Any
+    full_hi: Any
+    hi: Any
+    stop: Any
+
+
+# Where a program works
+
+
+@triton.jit
+def owned_tile(length, sequences, heads, BLOCK: tl.constexpr):
+    """(tile, sequence, head) of this program, the tiles with the highest rows first.
+
+    Only long sequences have such tiles, so long work starts first without a sort.
+    """
+    tile = tl.cdiv(length, BLOCK) - 1 - tl.program_id(0) // (sequences * heads)
+    bh = tl.program_id(0) % (sequences * heads)
+    return tile, (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+
+
+@triton.jit
+def sequence_of(sizes, b):
+    """Sequence b of the call."""
+    q_start, queries = sequence_rows(sizes.cu_q_ptr, b, sizes.queries)
+    k_start, keys = sequence_rows(sizes.cu_k_ptr, b, sizes.keys)
+    return Sequence(b, q_start, queries, k_start, keys)
 
 
 @triton.jit
@@ -26,14 +78,56 @@ def sequence_rows(cu_seqlens_ptr, b, length):
 
 
 @triton.jit
-def visible_span(mask_ptr, stride_n, num_keys):
+def at_row(view, b, h, start, TILE: tl.constexpr):
+    """The [B,H,S,D] view from row `start` of head h of sequence b on."""
+    strides = view.strides
+    batch_stride, head_stride = aligned(strides[0], TILE.ALIGN), aligned(strides[1], TILE.ALIGN)
+    offset = b * batch_stride + h * head_stride + start * aligned(strides[2], TILE.ALIGN)
+    return View(view.ptr + offset, strides)
+
+
+@triton.jit
+def keys_of_head(inputs, sequence, h, TILE: tl.constexpr):
+    """(k, v) that query head h of the sequence sees, from their first row on."""
+    b, kv_h = sequence.b, h // TILE.GROUP
+    k = at_row(inputs.k, b, kv_h, sequence.k_start, TILE)
+    return k, at_row(inputs.v, b, kv_h, sequence.k_start, TILE)
+
+
+@triton.jit
+def row_offset(view, sequence, h):
+    """Elements from the first of a [B,H,M] tensor, such as lse2, to the sequence's first query row of head h."""
+    return sequence.b * view.strides[0] + h * view.strides[1] + sequence.q_start
+
+
+@triton.jit
+def aligned(stride, ALIGN: tl.constexpr):
+    """The stride, a multiple of ALIGN, in a form that shows it to the compiler and survives inlining."""
+    return stride // ALIGN * ALIGN
+
+
+# Which keys are visible
+
+
+@triton.jit
+def load_keep_n(padding, b, n, stop):
+    """[BLOCK] bool: key n lies before `stop` and is not padding. The one reader of the padding mask."""
+    keep_n = n < stop
+    if padding.ptr is not None:
+        ptrs = padding.ptr + b * padding.strides[0] + n.to(tl.int64) * padding.strides[1]
+        keep_n = keep_n & (tl.load(ptrs, mask=keep_n, other=1) == 0)
+    return keep_n
+
+
+@triton.jit
+def visible_span(padding, b, num_keys):
     """(first, stop, holes): keys outside [first, stop) are padding; `holes`: some inside are padding too."""
     first, stop, holes = num_keys * 0, num_keys, num_keys < 0
-    if mask_ptr is not None:
+    if padding.ptr is not None:
         stops, visible = tl.zeros((SCAN_BLOCK,), tl.int32), tl.zeros((SCAN_BLOCK,), tl.int32)
         for start in range(0, num_keys, SCAN_BLOCK):
             n = start + tl.arange(0, SCAN_BLOCK)
-            keep_n = load_keep_n(mask_ptr, stride_n, n, num_keys)
+            keep_n = load_keep_n(padding, b, n, num_keys)
             stops = tl.where(keep_n, n + 1, stops)
             visible += keep_n.to(tl.int32)
         stop, count = tl.max(stops, 0), tl.sum(visible, 0)
@@ -42,25 +136,29 @@ def visible_span(mask_ptr, stride_n, num_keys):
             firsts = tl.full((SCAN_BLOCK,), 0, tl.int32) + stop
             for start in range(0, stop, SCAN_BLOCK):
                 n = start + tl.arange(0, SCAN_BLOCK)
-                keep_n = load_keep_n(mask_ptr, stride_n, n, stop)
-                firsts = tl.where(keep_n, tl.minimum(firsts, n), firsts)
+                firsts = tl.where(load_keep_n(padding, b, n, stop), tl.minimum(firsts, n), firsts)
             first = tl.min(firsts, 0)
         holes = count < stop - first
     return first, stop, holes
 
 
 @triton.jit
-def load_keep_n(mask_ptr, stride_n, n, stop):
-    """[BLOCK] bool: key n lies before `stop` and is not padding. The one reader of the padding mask."""
-    keep_n = n < stop
-    if mask_ptr is not None:
-        keep_n = keep_n & (tl.load(mask_ptr + n.to(tl.int64) * stride_n, mask=keep_n, other=1) == 0)
-    return keep_n
+def keys_of_rows(inputs, sequence, m_first, m_last, TILE: tl.constexpr):
+    """The Span of keys that rows m_first..m_last see: one edge alone where padding leaves holes between visible keys."""
+    window = inputs.window
+    first, stop, holes = visible_span(inputs.padding, sequence.b, sequence.keys)
+    span = visible_range(m_first, m_last, first, stop, holes, window.left, window.right, TILE.BLOCK_N)
+    # A packed sequence may be shorter than the grid; rows that are padding may be skipped.
+    real = m_first <= m_last
+    if TILE.SKIP_QUERIES:
+        real = real & (m_first < stop) & (m_last >= first)
+    hi = tl.where(real, span.hi, span.lo)
+    return Span(span.lo, tl.minimum(span.full_lo, hi), tl.minimum(span.full_hi, hi), hi, stop)
 
 
 @triton.jit
 def visible_range(own_first, own_last, first, stop, ragged, before, after, BLOCK: tl.constexpr):
-    """(lo, full_lo, full_hi, hi): which of [first, stop) see positions own_first..own_last, in tiles of BLOCK.
+    """The Span of [first, stop) that sees positions own_first..own_last, in tiles of BLOCK.
 
     A position i sees i - before .. i + after. Every one of [full_lo, full_hi) sees all of own_first..own_last,
     unless the range is `ragged`. Tiles start at `first`, so a sequence padded on the left has the tiles of the
@@ -75,43 +173,63 @@ def visible_range(own_first, own_last, first, stop, ragged, before, after, BLOCK
         full_stop = tl.minimum(stop, own_first + after + 1)
     full_hi = first + tl.maximum(full_stop - first, 0) // BLOCK * BLOCK
     none_full = ragged | (full_hi <= full_lo)
-    return lo, tl.where(none_full, lo, full_lo), tl.where(none_full, lo, full_hi), tl.maximum(hi, lo)
+    hi = tl.maximum(hi, lo)
+    return Span(lo, tl.where(none_full, lo, full_lo), tl.where(none_full, lo, full_hi), hi, hi)
 
 
 @triton.jit
-def aligned(stride, ALIGN: tl.constexpr):
-    """The stride, a multiple of ALIGN, in a form that shows it to the compiler and survives inlining."""
-    return stride // ALIGN * ALIGN
-
-
-@triton.jit
-def keys_of_rows(
-    m_first, m_last, mask_ptr, mask_stride_n, num_keys, window_left, window_right,
-    BLOCK_N: tl.constexpr, SKIP_QUERIES: tl.constexpr,
+def walk(
+    step: tl.constexpr, state, own, head, inputs, span,
+    LEADING_EDGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(stop, lo, full_lo, full_hi, hi): what rows m_first..m_last walk.
+    """`state` after `step` has met every tile of the span: masked at the edges, unmasked and pipelined between them.
 
-    The edge [lo, full_lo), the full tiles [full_lo, full_hi) and the edge [full_hi, hi), which is all where padding
-    leaves holes between visible keys. No key at or beyond `stop` is visible.
+    `own` is what the program holds of its own rows, `head` what it meets; only a window leaves an edge before the full tiles.
     """
-    first, stop, holes = visible_span(mask_ptr, mask_stride_n, num_keys)
-    lo, full_lo, full_hi, hi = visible_range(
-        m_first, m_last, first, stop, holes, window_left, window_right, BLOCK_N
-    )
-    # A packed sequence may be shorter than the grid; rows that are padding may be skipped.
-    real = m_first <= m_last
-    if SKIP_QUERIES:
-        real = real & (m_first < stop) & (m_last >= first)
-    hi = tl.where(real, hi, lo)
-    return stop, lo, tl.minimum(full_lo, hi), tl.minimum(full_hi, hi), hi
+    if LEADING_EDGE:
+        for start in tl.range(span.lo, span.full_lo, BLOCK, num_stages=1):
+            state = step(state, own, head, inputs, start, span.stop, True, TILE)
+    for start in tl.range(span.full_lo, span.full_hi, BLOCK):
+        state = step(state, own, head, inputs, start, span.stop, False, TILE)
+    for start in tl.range(span.full_hi, span.hi, BLOCK, num_stages=1):
+        state = step(state, own, head, inputs, start, span.stop, True, TILE)
+    return state
+
+
+# Reading and writing
 
 
 @triton.jit
-def head_offset(strides, b, h, start, ALIGN: tl.constexpr):
-    """Elements from a [B,H,S,D] tensor's first to row `start` of head h of sequence b."""
-    return (
-        b * aligned(strides[0], ALIGN) + h * aligned(strides[1], ALIGN) + start * aligned(strides[2], ALIGN)
-    )
+def tile_offsets(start, strides, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """[ROWS, BLOCK_D] offsets of rows start.. of one head, in 64 bits."""
+    stride_r = aligned(strides[2], TILE.ALIGN)
+    r = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    d = tl.arange(0, TILE.BLOCK_D)[None, :].to(tl.int64)
+    return tl.cast(start, tl.int64) * stride_r + (r * stride_r + d * strides[3])
+
+
+@triton.jit
+def load_tile(view, start, keep_r, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """[ROWS, BLOCK_D] rows start.. of one head; rows not in keep_r (None: all are) read 0."""
+    ptrs = view.ptr + tile_offsets(start, view.strides, ROWS, TILE)
+    in_d = tl.arange(0, TILE.BLOCK_D)[None, :] < TILE.HEAD_DIM
+    if TILE.HEAD_DIM == TILE.BLOCK_D and keep_r is None:
+        tile = tl.load(ptrs)
+    elif TILE.HEAD_DIM == TILE.BLOCK_D:
+        tile = tl.load(ptrs, mask=keep_r[:, None], other=0.0)
+    elif keep_r is None:
+        tile = tl.load(ptrs, mask=in_d, other=0.0)
+    else:
+        tile = tl.load(ptrs, mask=keep_r[:, None] & in_d, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(view, tile, start, in_r, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Store [ROWS, BLOCK_D] at rows start.. of one head, rows in_r only."""
+    ptrs = view.ptr + tile_offsets(start, view.strides, ROWS, TILE)
+    in_d = tl.arange(0, TILE.BLOCK_D)[None, :] < TILE.HEAD_DIM
+    tl.store(ptrs, tile.to(view.ptr.dtype.element_ty), mask=in_r[:, None] & in_d)
 
 
 @triton.jit
@@ -123,184 +241,11 @@ def load_lse2(lse2_ptr, m, in_m):
 
 
 @triton.jit
-def refine(prob_sum, d_score_sum, d_lse, live_m):
-    """(inverse, drift) of rows: exactly, P sums to 1 and dS to d_lse. DESIGN.md, "fp32 gradients".
-
-    Rounded, they do not: P * inverse does, and dS does with delta + drift.
-    """
-    inverse = 1.0 / tl.where(live_m, prob_sum, 1.0)
-    return inverse, tl.where(live_m, d_score_sum * inverse - d_lse, 0.0)
-
-
-@triton.jit
-def tile_offsets(start, strides, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
-    """[BLOCK_R, BLOCK_D] offsets of rows start.. of one head, in 64 bits."""
-    stride_r = aligned(strides[2], ALIGN)
-    r = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
-    d = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
-    return tl.cast(start, tl.int64) * stride_r + (r * stride_r + d * strides[3])
-
-
-@triton.jit
-def load_tile(
-    ptr, start, strides, keep_r,
-    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_R, BLOCK_D] rows start.. of one head; rows not in keep_r (None: all are) read 0."""
-    ptrs = ptr + tile_offsets(start, strides, BLOCK_R, BLOCK_D, ALIGN)
-    in_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-    if HEAD_DIM == BLOCK_D and keep_r is None:
-        tile = tl.load(ptrs)
-    elif HEAD_DIM == BLOCK_D:
-        tile = tl.load(ptrs, mask=keep_r[:, None], other=0.0)
-    elif keep_r is None:
-        tile = tl.load(ptrs, mask=in_d, other=0.0)
-    else:
-        tile = tl.load(ptrs, mask=keep_r[:, None] & in_d, other=0.0)
-    return tile
-
-
-@triton.jit
-def store_tile(
-    ptr, tile, start, strides, in_r,
-    HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Store [BLOCK_R, BLOCK_D] at rows start.. of one head, rows in_r only."""
-    ptrs = ptr + tile_offsets(start, strides, BLOCK_R, BLOCK_D, ALIGN)
-    in_d = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=in_r[:, None] & in_d)
-
-
-@triton.jit
-def in_window(keep, m, n, window_left, window_right):
-    """keep and m - left <= n <= m + right. m and n broadcast against keep, in either orientation."""
-    if window_left is not None:
-        keep = keep & (n >= m - window_left)
-    if window_right is not None:
-        keep = keep & (n <= m + window_right)
-    return keep
-
-
-@triton.jit
-def hide(scores, keep):
-    """-inf where not keep: a selection, so that NaN does not survive it."""
-    return tl.where(keep, scores, float("-inf"))
-
-
-@triton.jit
-def hide_keys(scores, keep_n, m, n, window_left, window_right):
-    """scores [BLOCK_M, BLOCK_N] with hidden keys at -inf; without a window one register a column decides."""
-    if window_left is None and window_right is None:
-        cap = tl.where(keep_n, float("inf"), float("-inf"))
-        scores = tl.minimum(scores, cap[None, :])
-    else:
-        scores = hide(scores, in_window(keep_n[None, :], m[:, None], n[None, :], window_left, window_right))
-    return scores
-
-
-@triton.jit
-def load_attn_mask(attn_mask_ptr, strides, m, n, in_mn, IS_BIAS: tl.constexpr):
-    """attn_mask at rows m and keys n as it is stored; hidden outside in_mn.
-
-    Where a softmax follows, to be read before the dot: of two layouts that meet in a tile the compiler keeps that of the
-    later one, and both, with every exponent computed twice, where the mask's comes last.
-    """
-    ptrs = attn_mask_ptr + m.to(tl.int64) * strides[2] + n.to(tl.int64) * strides[3]
-    return tl.load(ptrs, mask=in_mn, other=float("-inf") if IS_BIAS else 1)
-
-
-@triton.jit
-def scale_add(scores, factor, addend):
-    """scores * factor + addend, rounded once.
-
-    Spelled out, because kernels must agree about a weight to the last bit: the compiler fuses a product and a sum only where
-    no change of layout comes between, which is in some kernels and not in others (NOTES.md, 2026-11-27).
-    """
-    return tl.fma(scores, tl.full(scores.shape, factor, tl.float32), tl.broadcast_to(addend, scores.shape))
-
-
-@triton.jit
-def apply_attn_mask(scores, factor, attn_mask, IS_BIAS: tl.constexpr):
-    """(scores, factor) after a tile of attn_mask: a bool hides, a float is added in base 2.
-
-    The factor that turns scores into scores2 is spent when a bias is added. A finite bias stays finite.
-    """
-    if IS_BIAS:
-        bias = attn_mask.to(tl.float32)
-        # No maximum: on a GPU that of NaN and a number is the number, and the NaN would hide its key without a word.
-        bias2 = bias * LOG2E
-        bias2 = tl.where((bias2 < LOWEST) & (bias > float("-inf")), LOWEST, bias2)
-        scores = scale_add(scores, factor, bias2)
-        factor = 1.0
-    else:
-        scores = hide(scores, attn_mask == 0)
-    return scores, factor
-
-
-@triton.jit
-def score_tile(
-    q, k_ptr, attn_mask_ptr, k_strides, attn_mask_strides, start, stop, m, live_m, n, keep_n, factor,
-    window_left, window_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, IS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """(scores [BLOCK_M, BLOCK_N] with hidden keys at -inf, the factor that makes them scores2, k)."""
-    k = load_tile(k_ptr, start, k_strides, keep_n, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-    attn_mask = None
-    if attn_mask_ptr is not None:
-        in_mn = live_m[:, None] & (n < stop)[None, :]
-        attn_mask = load_attn_mask(attn_mask_ptr, attn_mask_strides, m[:, None], n[None, :], in_mn, IS_BIAS)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if attn_mask_ptr is not None:
-        scores, factor = apply_attn_mask(scores, factor, attn_mask, IS_BIAS)
-    if keep_n is not None:
-        scores = hide_keys(scores, keep_n, m, n, window_left, window_right)
-    return scores, factor, k
-
-
-@triton.jit
-def dropout_stream(seed_ptr, bh):
-    """The 32-bit key that the weights of head b·H + h are dropped by: a hash of it and the call's seed."""
-    stream, _, _, _ = tl.philox(tl.load(seed_ptr), bh, bh * 0, bh * 0, bh * 0)
-    return stream
-
-
-@triton.jit
-def dropout_keep(stream, m, n, dropout_p):
-    """True where a weight stays: Philox-2x32 at counter (n, m), so the same forward and backward in tiles of any size.
-
-    m and n broadcast; two instructions a round and weight, where 4x32 takes four for words nobody reads.
-    """
-    key, word, other = stream, n.to(tl.uint32), m.to(tl.uint32)
-    for _ in tl.static_range(PHILOX_ROUNDS):
-        word, other = tl.umulhi(word, PHILOX_M) ^ other ^ key, word * PHILOX_M
-        key += PHILOX_W
-    return word >= tl.cast(dropout_p * 4294967296.0, tl.uint32)
-
-
-@triton.jit
-def drop(values, stays, dropout_p):
-    """The values that stay, scaled up to the same mean, and 0 for the others."""
-    return tl.where(stays, values * (1.0 / (1.0 - dropout_p)), 0.0)
-
-
-@triton.jit
-def online_softmax_step(
-    row_max, row_sum, scores, factor, SOME_HIDDEN: tl.constexpr, IS_FP32: tl.constexpr
-):  # fmt: skip
-    """One tile of the running softmax: (probs, row_max, row_sum, rescale), with probs = exp2(factor * (scores - row_max)).
-
-    factor > 0, so that it can be taken out of the maximum and, in half precision, folded into one multiply-add with the
-    exponent. That leaves the product's rounding in every weight of a row, which fp32 would show: it subtracts first.
-    Only where scores may be hidden can a row still have no maximum.
-    """
-    row_max_new = tl.maximum(row_max, tl.max(scores, 1))
-    shift = row_max_new
-    if SOME_HIDDEN:
-        shift = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
-    if IS_FP32:
-        probs = tl.exp2((scores - shift[:, None]) * factor)
-    else:
-        probs = tl.exp2(scale_add(scores, factor, -(shift * factor)[:, None]))
-    rescale = tl.exp2((row_max - shift) * factor)
-    return probs, row_max_new, row_sum * rescale + tl.sum(probs, 1), rescale
+def load_d_lse(d_lse2, sequence, h, m, live_m):
+    """The gradient of the natural LSE of rows m, from that of the LSE in base 2; 0 where none was given."""
+    d_lse = tl.zeros(m.shape, tl.float32)
+    if d_lse2.ptr is not None:
+        stride_b, stride_h, stride_m = d_lse2.strides[0], d_lse2.strides[1], d_lse2.strides[2]
+        ptrs = d_lse2.ptr + (sequence.b * stride_b + h * stride_h + sequence.q_start * stride_m)
+        d_lse = LOG2E * tl.load(ptrs + m.to(tl.int64) * stride_m, mask=live_m, other=0.0)
+    return d_lse

@@ -1,0 +1,73 @@
+"""What every kernel takes, in groups. Triton passes a NamedTuple field by field, and a None in it compiles to nothing.
+
+Letters: B sequences, H query heads, H_kv key heads, M query rows, N keys, D head_dim.
+"""
+
+from typing import Any, NamedTuple
+
+
+class View(NamedTuple):
+    """A tensor in device code: a pointer to its first element, None where it is absent, and its strides in elements."""
+
+    ptr: Any
+    strides: Any
+
+
+class Dropout(NamedTuple):
+    """A pointer to the call's seed ([1] int64, None: no dropout) and the probability that a weight is dropped."""
+
+    seed_ptr: Any
+    p: Any
+
+
+class Window(NamedTuple):
+    """The query at m sees the keys m - left .. m + right; None leaves a side open."""
+
+    left: Any
+    right: Any
+
+
+class Sizes(NamedTuple):
+    """B, H, M and N; of packed sequences M and N are the longest, and [B + 1] int32 say where each begins."""
+
+    sequences: Any
+    heads: Any
+    queries: Any
+    keys: Any
+    cu_q_ptr: Any
+    cu_k_ptr: Any
+
+
+class Inputs(NamedTuple):
+    """One attention call: q [B,H,M,D], k and v [B,H_kv,N,D], padding [B,N] and attn_mask [B,H,M,N].
+
+    padding and a bool attn_mask are bytes, not 0 where a key is hidden; a float attn_mask is added to the scores.
+    `scale2` is scale * log2(e).
+    """
+
+    q: View
+    k: View
+    v: View
+    padding: View
+    attn_mask: View
+    dropout: Dropout
+    window: Window
+    sizes: Sizes
+    scale: Any
+    scale2: Any
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for: the sides of its tiles, and how rows are read.
+
+    BLOCK_D is HEAD_DIM rounded up to a power of two; GROUP query heads share a key head; strides are multiples of ALIGN.
+    """
+
+    HEAD_DIM: int
+    BLOCK_D: int
+    BLOCK_M: int
+    BLOCK_N: int
+    GROUP: int
+    SKIP_QUERIES: bool
+    PRECISION: str
+    ALIGN: int
