@@ -170,9 +170,9 @@ CONFIGS = sorted(
 @pytest.mark.parametrize("passname, kind, config", CONFIGS, ids=lambda part: str(part).removeprefix("Config"))
 def test_every_configuration_of_the_table_is_exact(passname, kind, config, device, judge, monkeypatch):
     """Forced on a shape it was not chosen for: its tile may be larger or smaller than the sequence."""
-    choose = configs._choose
+    row_for, forced = configs.row_for, configs.Row(config, "forced")
     monkeypatch.setattr(
-        configs, "_choose", lambda name, *key: config if name == passname else choose(name, *key)
+        configs, "row_for", lambda name, *key: forced if name == passname else row_for(name, *key)
     )
     dtype = torch.float32 if kind == "float" else torch.float16
     queries = 1 if passname == "single_query" else 35

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 import padfree
 from drawn import chosen, normal
 from known_bugs import KERNEL, assert_same_bits, kernel_results
-from padfree._triton import operators
+from padfree._triton.call import Call
 from padfree._triton.configs import TABLE
 from padfree.testing import assert_matches_reference, make_inputs
 
@@ -179,17 +178,7 @@ def test_every_configuration_gives_the_same_answer(
 ) -> None:
     """fla#1228, triton#6547, triton#4217, triton#781, triton#9230: a bad configuration hid behind a good one."""
     config = CONFIGS[tiles]
-    variants = (
-        "launch_forward",
-        "launch_backward",
-        "launch_single_query_forward",
-        "launch_single_query_backward",
-    )
-    for launch in variants:
-        names = ("query_config", "key_config", "mask_config") if launch == "launch_backward" else ("config",)
-        monkeypatch.setattr(
-            operators, launch, partial(getattr(operators, launch), **dict.fromkeys(names, config))
-        )
+    monkeypatch.setattr(Call, "config", lambda self, passname: config)
     queries = 1 if tiles[0] == 1 else 70
     calls = [
         make_inputs(1, 1, queries, 70, 16, dtype=torch.float16, padding="both_sides", seed=s) for s in (0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from padfree._triton import configs, operators
 from padfree._triton.call import OPEN, Call, heads_last
-from padfree._triton.configs import Config, Row
+from padfree._triton.configs import Row
 from padfree_bench.compiled.aot import Arch, Compiled, arch_number, compile_only
 
 LONGEST = 4096
@@ -153,15 +153,12 @@ def table_targets(archs: tuple[Arch, ...], variants: tuple[str, ...] = ("padded"
                         target = Target(
                             arch, passname, str(dtype).removeprefix("torch."), head_dim, index, variant
                         )
-                        if row_of(target) is row.config:
+                        extras = make_call(target).extras(passname) > 0
+                        if (
+                            configs.row_for(passname, dtype, head_dim, target.seq, arch_number(arch), extras)
+                            is row
+                        ):
                             yield target
-
-
-def row_of(target: Target) -> Config:
-    """What the table holds for the target's call, before `choose` narrows its steps."""
-    plain = not make_call(target).extras(target.passname)
-    length, block_d = target.seq if plain else 0, configs.padded_head_dim(target.head_dim)
-    return configs._choose(target.passname, target.kind, block_d, length, arch_number(target.arch), plain)
 
 
 def variants_of(passname: str, variants: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from padfree._triton.call import Call
-from padfree._triton.configs import Config
 from padfree._triton.scores import (
     apply_attn_mask,
     drop,
@@ -134,12 +133,11 @@ def launch_attn_mask_gradient(
     delta: Tensor,
     inverse: Tensor,
     d_mask: Tensor,
-    config: Config | None = None,
 ) -> None:
     """Write the gradient of call.attn_mask, in its own 4-D shape and dtype, into `d_mask`, in one launch."""
     if d_mask.numel() == 0:
         return
-    config = config or call.config("attn_mask_gradient")
+    config = call.config("attn_mask_gradient")
     batch, heads, rows, keys = d_mask.shape
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(keys, config.block_n) * batch * heads,)
     attn_mask_gradient_kernel[grid](

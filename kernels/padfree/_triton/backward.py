@@ -5,7 +5,6 @@ from torch import Tensor
 
 from padfree._triton.attn_mask_gradient import launch_attn_mask_gradient
 from padfree._triton.call import Call, on_device
-from padfree._triton.configs import Config
 from padfree._triton.key_gradient import launch_key_gradient
 from padfree._triton.query_gradient import launch_query_gradient
 
@@ -18,9 +17,6 @@ def launch_backward(
     d_lse2: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
     d_attn_mask: Tensor | None = None,
-    query_config: Config | None = None,
-    key_config: Config | None = None,
-    mask_config: Config | None = None,
 ) -> None:
     """Write dq, dk, dv and attn_mask's gradient into the tensors given, of any strides, in a launch for each pass."""
     dq, dk, dv = grads
@@ -35,12 +31,10 @@ def launch_backward(
     inverse = torch.empty_like(lse2) if is_fp32 or wants_mask else None
     refined = torch.empty_like(lse2) if wants_mask and not is_fp32 else None
     with on_device(query):
-        launch_query_gradient(
-            call, out, lse2, d_out, d_lse2, delta, inverse, refined, dq, config=query_config
-        )
+        launch_query_gradient(call, out, lse2, d_out, d_lse2, delta, inverse, refined, dq)
         if not no_keys:
             kept = inverse if is_fp32 else None
-            launch_key_gradient(call, lse2, d_out, delta, kept, dk, dv, config=key_config)
+            launch_key_gradient(call, lse2, d_out, delta, kept, dk, dv)
         if d_attn_mask is not None and inverse is not None:
             fitting = delta if refined is None else refined
-            launch_attn_mask_gradient(call, lse2, d_out, fitting, inverse, d_attn_mask, config=mask_config)
+            launch_attn_mask_gradient(call, lse2, d_out, fitting, inverse, d_attn_mask)

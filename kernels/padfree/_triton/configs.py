@@ -213,6 +213,20 @@ WALKS = {
 }
 
 
+@lru_cache(maxsize=1024)
+def row_for(
+    passname: str, dtype: torch.dtype, head_dim: int, length: int, arch: int, extras: bool = False
+) -> Row:
+    """The first row of the table that admits the call; one with extras is never too long for a row, nor plain."""
+    return next(
+        row
+        for row in TABLE[passname, dtype_kind(dtype), padded_head_dim(head_dim)]
+        if (extras or length <= row.max_length)
+        and (not row.arch or arch in row.arch)
+        and not (extras and row.plain)
+    )
+
+
 def choose(
     passname: str,
     dtype: torch.dtype,
@@ -223,35 +237,26 @@ def choose(
     extras: int = 0,
     unaligned: bool = False,
 ) -> Config:
-    """The table's configuration for one call. `length` is the padded (or maximal) number of keys.
+    """The configuration of one call: that of its row, narrowed where it holds more than a tile of scores.
 
-    Each of the `extras` (attn_mask, dropout, a wide window or grouped heads, unaligned rows) holds registers beside a
-    tile of scores. A call with any walks a short sequence's tiles in half steps, quarter ones if rows are unaligned and
-    something else is held. In half precision it does without a pipeline, beside which ptxas serializes the matrix
-    instructions of many such calls (NOTES.md, 2026-11-26); several extras, or unaligned rows, also take the registers of
-    8 warps there, although those of a 64-row tile then compute everything twice: right and rare, not fast.
+    `length` is the padded (or maximal) number of keys. Each of the `extras` (attn_mask, dropout, a wide window or grouped
+    heads, unaligned rows) holds registers beside a tile of scores. A call with any walks a short sequence's tiles in half
+    steps, quarter ones if rows are unaligned and something else is held. In half precision it does without a pipeline,
+    beside which ptxas serializes the matrix instructions of many such calls (NOTES.md, 2026-11-26); several extras, or
+    unaligned rows, also take the registers of 8 warps there, although those of a 64-row tile then compute everything
+    twice: right and rare, not fast.
     """
-    length, kind = 0 if extras else length, dtype_kind(dtype)
-    config = _choose(passname, kind, padded_head_dim(head_dim), length, architecture(device), not extras)
+    config = row_for(passname, dtype, head_dim, length, architecture(device), extras > 0).config
     if not extras or passname not in WALKS:
         return config
+    is_half = dtype_kind(dtype) == "half"
     halvings = 2 if unaligned and extras > 1 else 1
-    more_warps = passname == "single_query" or (kind == "half" and (extras > 1 or unaligned))
+    more_warps = passname == "single_query" or (is_half and (extras > 1 or unaligned))
     step = max(16, getattr(config, WALKS[passname]) >> halvings)
-    most_stages = 1 if kind == "half" else 2
     return config._replace(
         **{WALKS[passname]: step},
         num_warps=8 if more_warps else config.num_warps,
-        num_stages=min(most_stages, config.num_stages),
-    )
-
-
-@lru_cache(maxsize=1024)
-def _choose(passname: str, kind: str, block_d: int, length: int, arch: int, plain: bool) -> Config:
-    return next(
-        row.config
-        for row in TABLE[passname, kind, block_d]
-        if length <= row.max_length and (not row.arch or arch in row.arch) and (plain or not row.plain)
+        num_stages=min(1 if is_half else 2, config.num_stages),
     )
 
 

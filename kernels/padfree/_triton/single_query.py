@@ -14,7 +14,6 @@ from torch import Tensor
 
 from padfree._triton.attn_mask_gradient import launch_attn_mask_gradient
 from padfree._triton.call import Call, on_device
-from padfree._triton.configs import Config
 from padfree._triton.scores import (
     apply_attn_mask,
     drop,
@@ -183,12 +182,12 @@ def single_query_backward_kernel(
     store_tile(at_row(dq, b, h, q_start, TILE), dq_row, 0, in_m, 1, TILE)
 
 
-def launch_single_query_forward(call: Call, config: Config | None = None) -> tuple[Tensor, Tensor]:
+def launch_single_query_forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out like query, lse2) of a call with max_q = 1."""
     out, lse2 = call.empty_like(call.query), call.empty_lse2()
     if call.is_empty:
         return out, lse2
-    config = config or call.config("single_query")
+    config = call.config("single_query")
     with on_device(call.query):
         single_query_forward_kernel[call.grid(1, 1, call.heads)](
             inputs=call.inputs, out=call.view(out), lse2=call.view(lse2), **call.options(config, out)
@@ -204,14 +203,13 @@ def launch_single_query_backward(
     d_lse2: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
     d_attn_mask: Tensor | None = None,
-    config: Config | None = None,
 ) -> None:
     """Write dq, dk and dv of a call with max_q = 1 and no grouped heads, in one launch, and attn_mask's gradient."""
     dq, dk, dv = grads
     delta = inverse = None
     if d_attn_mask is not None:
         delta, inverse = torch.empty_like(lse2), torch.empty_like(lse2)
-    config = config or call.config("single_query")
+    config = call.config("single_query")
     with on_device(call.query):
         single_query_backward_kernel[call.grid(1, 1, call.heads)](
             inputs=call.inputs,
