@@ -1,15 +1,8 @@
 """README's headline table: written from the result files, never by hand."""
 
 from padfree_bench.measuring.results import Result, Row
-from padfree_bench.reports.standing import (
-    HEADLINE,
-    STEP_SUITES,
-    Standing,
-    on_gpu,
-    standings,
-    suite_of,
-    without_later_ones,
-)
+from padfree_bench.reports import standing
+from padfree_bench.reports.standing import Standing, on_gpu, suite_of
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SKIPS = ("padfree-skip", "padfree-qkv")
@@ -28,7 +21,7 @@ def table(results: list[tuple[str, Result]]) -> str:
     """The Markdown between the markers: headline cases of every device that was fully measured."""
     full = [(folder, result) for folder, result in results if not result.quick]
     parts = [] if any(on_gpu(result) for _, result in full) else [NO_GPU, ""]
-    found = [(folder, result, _lines(result)) for folder, result in without_later_ones(full)]
+    found = [(folder, result, _lines(result)) for folder, result in standing.without_later_ones(full)]
     shown = [item for item in found if item[2]]
     if shown:
         lines = [line for *_, lines in shown for line in lines]
@@ -40,11 +33,11 @@ def table(results: list[tuple[str, Result]]) -> str:
 
 
 def _lines(result: Result) -> list[str]:
-    whole_models = suite_of(result.suite) in STEP_SUITES
+    whole_models = suite_of(result.suite) in standing.STEP_SUITES
     return [
         _line(result, found, found.ours)
-        for found in standings(result)
-        if found.ours and (whole_models or found.key in HEADLINE)
+        for found in standing.standings(result)
+        if found.ours and (whole_models or found.key in standing.HEADLINE)
     ]
 
 
