@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from padfree_bench.measuring.results import FAULT, NOT_RUN, OK, UPPER_BOUND, Result, Row, save
-from padfree_bench.reports import page, plots, report
+from padfree_bench.reports import drawing, plots, report
 
 NO_GPU = "no GPU: padfree's kernel did not run"
 CASE = "B64-H12-D64-S400-imdb-bf16"
@@ -38,14 +39,12 @@ def result_of(rows: list[Row], device: str = "GPU", **environment: Any) -> Resul
 
 
 def rendered(*results: Result) -> str:
-    return page.render([(f"device-{index}", result) for index, result in enumerate(results)], {})
+    return report.render([(f"device-{index}", result) for index, result in enumerate(results)], {})
 
 
 def words(html: str) -> str:
     """The text as it is read: without style, tags and line breaks."""
-    return " ".join(re.sub(r"<style>.*?</style>|<[^>]+>", "", html, flags=re.DOTALL).split()).replace(
-        "&#x27;", "'"
-    )
+    return " ".join(unescape(re.sub(r"<style>.*?</style>|<[^>]+>", "", html, flags=re.DOTALL)).split())
 
 
 class TestConclusion:
@@ -172,7 +171,7 @@ class TestWarningsAndWords:
             replace(run, suite=name) for run, name in zip(runs, ("attention", "hf", "train"), strict=True)
         ]
         busy = "attention (load 5.2 on 2 cores), train (load 3.0 on 2 cores): these figures say little"
-        html = page.render([("device", run) for run in runs], {})
+        html = report.render([("device", run) for run in runs], {})
         assert busy in words(html) and html.index(busy) < html.index("Who won")
         assert "busy" not in rendered(result_of([a_row("sdpa", 1.0)], load_before=2.0))
         assert "load before the run: 2.0" in words(rendered(result_of([a_row("sdpa", 1.0)], load_before=2.0)))
@@ -199,7 +198,7 @@ def figures(result: Result, folder: Path, monkeypatch: pytest.MonkeyPatch) -> di
         drawn[stem.name] = figure
         return stem
 
-    monkeypatch.setattr(plots, "save_figure", keep)
+    monkeypatch.setattr(drawing, "save_figure", keep)
     plots.draw_all(result, folder)
     return drawn
 

@@ -31,7 +31,7 @@ from padfree_bench.measuring.results import (
 from padfree_bench.measuring.timing import Effort
 from padfree_bench.peers import PEERS, Peer
 from padfree_bench.peers.base import Prepared, Refused
-from padfree_bench.reports import plots, readme, report
+from padfree_bench.reports import drawing, plots, readme, report
 from padfree_bench.reports.compare import lost, main
 from padfree_bench.suites import attention
 from padfree_bench.suites.session import ahead, terminal_table
@@ -72,9 +72,7 @@ class TestFaults:
         for text in (markdown(result), terminal_table(result)):
             assert "FAULT 0.001 [0.001, 0.001]" in text and "FAULT: 1 figures are faster" in text
         assert "faster than its floor of 1 ms" in terminal_table(result)
-        from padfree_bench.reports.page import render
-
-        page = render([("gpu", result)], {})
+        page = report.render([("gpu", result)], {})
         assert "<tr class='fault'>" in page and "FAULT: 1 figures" in page
 
     def test_a_fault_is_neither_the_best_of_the_others_nor_ours_nor_drawn(self) -> None:
@@ -93,7 +91,7 @@ class TestFaults:
             drawn.append([label.get_text() for label in figure.axes[0].get_yticklabels()])
             return stem
 
-        monkeypatch.setattr(plots, "save_figure", save_figure)
+        monkeypatch.setattr(drawing, "save_figure", save_figure)
         rows = [*self.rows(), a_row("sdpa" + SECOND_WAVE, 1.0, wave=2), a_row("flex", 1.0, wave=2)]
         rows = [replace(row, direction="step") for row in rows]
         plots.draw_all(result_of("GPU", "now", rows), tmp_path)

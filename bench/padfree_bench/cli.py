@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-from padfree_bench.measuring.results import RESULTS, DeviceLost, fault_line
+from padfree_bench.measuring.results import RESULTS, SUITES, DeviceLost, fault_line
 
 # Owned by modules with their own options; imported only when asked for.
 OWN_OPTIONS = {
@@ -13,13 +13,6 @@ OWN_OPTIONS = {
     "gpu-round": "padfree_bench.gpu_round.driver",
     "report": "padfree_bench.reports.report",
     "compare": "padfree_bench.reports.compare",
-}
-SUITES = {
-    "attention": "one attention call: every peer, forward, backward and both",
-    "memory": "peak and extra memory of a call against length, no timing",
-    "encoder": "the whole classifier, inference and a training step",
-    "train": "the notebook's training loop against ours on IMDB lengths",
-    "hf": "a transformers BERT with eager, sdpa and padfree",
 }
 HELP = {
     "compile-report": "registers, shared memory and predicted time of every kernel configuration, without a GPU",

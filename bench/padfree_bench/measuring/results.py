@@ -249,6 +249,13 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+SUITES = {
+    "attention": "one attention call: every peer, forward, backward and both",
+    "memory": "peak and extra memory of a call against length, no timing",
+    "encoder": "the whole classifier, inference and a training step",
+    "train": "the notebook's training loop against ours on IMDB lengths",
+    "hf": "a transformers BERT with eager, sdpa and padfree",
+}
 COLUMNS: dict[str, str] = {
     "peer": "implementation",
     "time": "ms, median [p20, p80]",

@@ -15,6 +15,7 @@ from padfree_bench.measuring.results import SECOND_WAVE, Result, Row, load
 
 # Medians of two runs on one machine differ by a few percent without any change of code.
 THRESHOLD = 0.05
+MACHINE = ("device", "cpu", "torch_threads", "cuda")
 
 
 @dataclass(frozen=True)
@@ -27,28 +28,37 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        assert self.before.ms_p50 is not None and self.after.ms_p50 is not None
-        return self.after.ms_p50 / self.before.ms_p50
+        return _times(self.after)[1] / _times(self.before)[1]
 
     @property
     def slower(self) -> bool:
-        assert self.before.ms_p80 is not None and self.after.ms_p20 is not None
-        return self.ratio > 1 + self.threshold and self.after.ms_p20 > self.before.ms_p80
+        return self.ratio > 1 + self.threshold and _times(self.after)[0] > _times(self.before)[2]
 
     @property
     def faster(self) -> bool:
-        assert self.before.ms_p20 is not None and self.after.ms_p80 is not None
-        return self.ratio < 1 / (1 + self.threshold) and self.after.ms_p80 < self.before.ms_p20
+        return self.ratio < 1 / (1 + self.threshold) and _times(self.after)[2] < _times(self.before)[0]
+
+    def __str__(self) -> str:
+        (low, time, high), (new_low, new_time, new_high) = _times(self.before), _times(self.after)
+        name = f"{self.after.case} {self.after.direction} {self.after.peer}"
+        before, after = (
+            f"{time:.4g} [{low:.4g}, {high:.4g}]",
+            f"{new_time:.4g} [{new_low:.4g}, {new_high:.4g}]",
+        )
+        return f"{name}: {before} -> {after} ms ({self.ratio - 1:+.0%})"
+
+
+def _times(row: Row) -> tuple[float, float, float]:
+    """(p20, median, p80) of a row that was timed."""
+    assert row.ms_p20 is not None and row.ms_p50 is not None and row.ms_p80 is not None
+    return row.ms_p20, row.ms_p50, row.ms_p80
 
 
 def changes(before: Result, after: Result, threshold: float = THRESHOLD) -> list[Change]:
     """Every case that both files have timed, by (case, direction, peer)."""
     first = {row.key[1:]: row for row in before.rows if row.usable}
-    return [
-        Change(first[row.key[1:]], row, threshold)
-        for row in after.rows
-        if row.usable and row.key[1:] in first
-    ]
+    rows = (row for row in after.rows if row.usable and row.key[1:] in first)
+    return [Change(first[row.key[1:]], row, threshold) for row in rows]
 
 
 def together(runs: list[Result]) -> Result:
@@ -58,18 +68,12 @@ def together(runs: list[Result]) -> Result:
         found.setdefault(row.key[1:], []).append(row)
     rows = []
     for same in found.values():
-        missing = [row for row in same if not row.usable]
-        rows.append(missing[0] if missing else _hull(same))
+        merged = next((row for row in same if not row.usable), None)
+        if merged is None:
+            low, middle, high = zip(*map(_times, same), strict=True)
+            merged = replace(same[0], ms_p20=min(low), ms_p50=median(middle), ms_p80=max(high))
+        rows.append(merged)
     return replace(runs[0], rows=rows, not_reached=[name for run in runs for name in run.not_reached])
-
-
-def _hull(rows: list[Row]) -> Row:
-    return replace(
-        rows[0],
-        ms_p20=min(row.ms_p20 or 0.0 for row in rows),
-        ms_p50=median(row.ms_p50 or 0.0 for row in rows),
-        ms_p80=max(row.ms_p80 or 0.0 for row in rows),
-    )
 
 
 def lost(before: Result, after: Result) -> tuple[list[str], list[str]]:
@@ -88,40 +92,28 @@ def lost(before: Result, after: Result) -> tuple[list[str], list[str]]:
     return gone, unreached
 
 
-def machine_facts(result: Result) -> dict[str, object]:
-    """What two runs must share before a difference between them is one of the code."""
-    facts = {name: result.environment.get(name) for name in ("device", "cpu", "torch_threads", "cuda")}
-    return facts | {"torch": result.environment["versions"].get("torch")}
-
-
 def differences(runs: list[Result]) -> dict[str, str]:
-    """By name, the machine facts in which these runs differ. Where no GPU ran, another CPU is another device."""
-    facts = [machine_facts(run) for run in runs]
-    found = {name: list(dict.fromkeys(str(each[name]) for each in facts)) for name in facts[0]}
+    """By name, in what these runs differ that they must share before a difference between them is one of the code.
+
+    Where no GPU ran, another CPU is another device.
+    """
+    facts = {name: [run.environment.get(name) for run in runs] for name in MACHINE}
+    facts["torch"] = [run.environment["versions"].get("torch") for run in runs]
+    found = {name: list(dict.fromkeys(map(str, values))) for name, values in facts.items()}
     differing = {name: " and ".join(values) for name, values in found.items() if len(values) > 1}
     if "cpu" in differing and runs[0].environment.get("device_type") == "cpu":
         differing.setdefault("device", differing["cpu"])
     return differing
 
 
-def describe(change: Change) -> str:
-    before, after = change.before, change.after
-    return (
-        f"{after.case} {after.direction} {after.peer}: {before.ms_p50:.4g} [{before.ms_p20:.4g}, {before.ms_p80:.4g}]"
-        f" -> {after.ms_p50:.4g} [{after.ms_p20:.4g}, {after.ms_p80:.4g}] ms ({change.ratio - 1:+.0%})"
-    )
-
-
 def main(argv: list[str]) -> int:
     """Exit status 1 when something got slower, lost its figure or was not reached, 2 when nothing can be compared."""
     parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
-    parser.add_argument(
-        "before", metavar="A.json", help="the result file before the change, or several by comma"
-    )
+    several = "the result file before the change, or several by comma"
+    parser.add_argument("before", metavar="A.json", help=several)
     parser.add_argument("after", metavar="B.json", help="the one after it, or several")
-    parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, help="smallest change that counts (0.05)"
-    )
+    smallest = "smallest change that counts (0.05)"
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help=smallest)
     options = parser.parse_args(argv)
     try:
         if not 0 <= options.threshold < math.inf:
@@ -144,14 +136,10 @@ def main(argv: list[str]) -> int:
 
 def tell(found: list[Change], gone: list[str], unreached: list[str]) -> int:
     """Print what came out and return the exit status."""
-    slower = [change for change in found if change.slower]
-    faster = [change for change in found if change.faster]
-    for title, lines in (
-        ("slower", [describe(change) for change in slower]),
-        ("no figure any more", gone),
-        ("not reached within the time given", unreached),
-        ("faster", [describe(change) for change in faster]),
-    ):
+    slower = [str(change) for change in found if change.slower]
+    faster = [str(change) for change in found if change.faster]
+    titles = ("slower", "no figure any more", "not reached within the time given", "faster")
+    for title, lines in zip(titles, (slower, gone, unreached, faster), strict=True):
         if lines:
             print(f"{title}:", *(f"  {line}" for line in lines), sep="\n")
     counts = f"{len(slower)} slower, {len(faster)} faster, {len(gone)} lost, {len(unreached)} not reached"

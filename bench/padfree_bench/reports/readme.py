@@ -1,59 +1,52 @@
 """README's headline table: written from the result files, never by hand."""
 
-from pathlib import Path
-
 from padfree_bench.measuring.results import Result, Row
-from padfree_bench.reports.standing import (
-    HEADLINE,
-    STEP_SUITES,
-    Standing,
-    standings,
-    suite_of,
-    without_later_ones,
-)
+from padfree_bench.reports import standing
+from padfree_bench.reports.standing import Standing, on_gpu, suite_of
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SKIPS = ("padfree-skip", "padfree-qkv")
 HEAD = "| device, case | baseline | best other | ours | faster than baseline | than best other |\n|---|---|---|---|---|---|"
-
+NO_GPU = "On a GPU: not measured yet. The kernel's own rows will stand here once one was at hand."
+CAPTION = "Medians [p20, p80] of one run each; bold is ours, also where it loses. "
 GPU_CAPTION = (
     "On a GPU an attention call is timed with a cold L2 cache, and again as a CUDA graph, which leaves out what the host "
     "needs to issue it; models and steps are wall-clock time. Ratios are of graph to graph where both rows have one, else "
     "of call to call; a peer that compiles for every shape is held against ours as timed beside it. "
 )
+SKIPS_CAPTION = f"{' and '.join(SKIPS)} leave rows at padding uncomputed, all others compute them. "
 
 
 def table(results: list[tuple[str, Result]]) -> str:
     """The Markdown between the markers: headline cases of every device that was fully measured."""
     full = [(folder, result) for folder, result in results if not result.quick]
-    lines = []
-    if not any(result.environment.get("device_type") == "cuda" for _, result in full):
-        lines += [
-            "On a GPU: not measured yet. The kernel's own rows will stand here once one was at hand.",
-            "",
-        ]
-    full = [(folder, without_later_ones(folder, result, full)) for folder, result in full]
-    rows = [line for _, result in full for line in _lines(result)]
-    if rows:
-        lines += [HEAD, *rows, "", _sources(full)]
-    return "\n".join(lines).rstrip()
+    parts = [] if any(on_gpu(result) for _, result in full) else [NO_GPU, ""]
+    found = [(folder, result, _lines(result)) for folder, result in standing.without_later_ones(full)]
+    shown = [item for item in found if item[2]]
+    if shown:
+        lines = [line for *_, lines in shown for line in lines]
+        caption = CAPTION + (GPU_CAPTION if any(on_gpu(result) for _, result, _ in shown) else "")
+        caption += SKIPS_CAPTION if any(f"**{name} " in line for line in lines for name in SKIPS) else ""
+        sources = "; ".join(_source(folder, result) for folder, result, _ in shown)
+        parts += [HEAD, *lines, "", f"{caption}Made by {sources}."]
+    return "\n".join(parts).rstrip()
 
 
 def _lines(result: Result) -> list[str]:
+    whole_models = suite_of(result.suite) in standing.STEP_SUITES
     return [
-        _line(result, found)
-        for found in standings(result)
-        if found.ours and (suite_of(result) in STEP_SUITES or (found.case, found.direction) in HEADLINE)
+        _line(result, found, found.ours)
+        for found in standing.standings(result)
+        if found.ours and (whole_models or found.key in standing.HEADLINE)
     ]
 
 
-def _line(result: Result, found: Standing) -> str:
+def _line(result: Result, found: Standing, ours: Row) -> str:
     """One case: the usual choice, the fastest that is not ours and takes the same padded input, and ours."""
-    assert found.ours is not None
-    cells = [f"{result.device}: {suite_of(result)} {found.case}, {found.direction}"]
-    cells += [_figure(row) for row in (found.baseline, found.best)]
-    cells += [_figure(found.ours, bold=True)]
-    cells += [f"{found.times_of(row, found.ours):.2f}x" for row in (found.baseline, found.best)]
+    others = (found.baseline, found.best)
+    cells = [f"{result.device}: {suite_of(result.suite)} {', '.join(found.key)}"]
+    cells += [*map(_figure, others), _figure(ours, bold=True)]
+    cells += [f"{found.times_of(row, ours):.2f}x" for row in others]
     return f"| {' | '.join(cells)} |"
 
 
@@ -68,25 +61,13 @@ def _figure(row: Row, bold: bool = False) -> str:
     return f"{call}, graph {graph}" if graph else call
 
 
-def _sources(results: list[tuple[str, Result]]) -> str:
-    used = [(folder, result) for folder, result in results if _lines(result)]
-    sources = (
-        f"`{result.environment['command']}` (torch {result.environment['versions']['torch']}, "
-        f"commit {str(result.environment.get('commit'))[:10]}"
-        f"{' with changes' if result.environment.get('commit_is_clean') is False else ''}, `bench/results/{folder}/{result.suite}.json`)"
-        for folder, result in used
-    )
-    skips = any(f"**{name} " in line for _, result in used for line in _lines(result) for name in SKIPS)
-    return (
-        "Medians [p20, p80] of one run each; bold is ours, also where it loses. "
-        + (GPU_CAPTION if any(result.environment.get("device_type") == "cuda" for _, result in used) else "")
-        + (
-            f"{' and '.join(SKIPS)} leave rows at padding uncomputed, all others compute them. "
-            if skips
-            else ""
-        )
-        + f"Made by {'; '.join(sources)}."
-    )
+def _source(folder: str, result: Result) -> str:
+    """Which command, version and commit made a file, and where it is."""
+    environment = result.environment
+    changed = " with changes" if environment.get("commit_is_clean") is False else ""
+    commit = f"commit {str(environment.get('commit'))[:10]}{changed}"
+    made = f"torch {environment['versions']['torch']}, {commit}, `bench/results/{folder}/{result.suite}.json`"
+    return f"`{environment['command']}` ({made})"
 
 
 def rewrite(readme: str, content: str) -> str:
@@ -96,9 +77,3 @@ def rewrite(readme: str, content: str) -> str:
     if not begin or not end:
         raise ValueError(f"README must hold the lines {BEGIN} and {END}, in this order")
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
-
-
-def agrees(readme: Path, results: list[tuple[str, Result]]) -> bool:
-    """Whether README says what the files say."""
-    text = readme.read_text()
-    return rewrite(text, table(results)) == text

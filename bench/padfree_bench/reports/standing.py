@@ -1,6 +1,5 @@
 """Who won a case: ours beside the usual choice and the best of the others, of rows that may be compared."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from padfree_bench.measuring.cases import parse_case
@@ -11,55 +10,54 @@ OURS = ("padfree-skip", "padfree", "padfree-qkv", "ours-padfree", "ours-sdpa")
 BASELINES = ("notebook", "sdpa")
 # They take input that somebody packed before the clock started.
 PACKED = ("varlen_attn", "flash-attn", "xformers", "nested")
-HEADLINE = {
-    ("B64-H12-D64-S400-imdb-bf16", "forward"),
-    ("B64-H12-D64-S400-imdb-bf16", "both"),
-    ("B64-H4-D8-S400-imdb-bf16", "forward"),
-    ("B64-H4-D8-S400-imdb-bf16", "both"),
-    ("B64-H12-D64-S512-full-bf16", "forward"),
-    ("B64-H12-D64-S512-full-bf16", "both"),
-}
+HEADLINE_CASES = ("B64-H12-D64-S400-imdb-bf16", "B64-H4-D8-S400-imdb-bf16", "B64-H12-D64-S512-full-bf16")
+HEADLINE = {(case, direction) for case in HEADLINE_CASES for direction in ("forward", "both")}
+# What stands for a headline's case where other sizes were measured: the same heads and kind of lengths.
+KINDS = {(case.heads, case.head_dim, case.lengths) for case in map(parse_case, HEADLINE_CASES)}
 STEP_SUITES = ("train", "encoder", "hf")
+CALL, GRAPH = ("ms_p20", "ms_p50", "ms_p80"), ("graph_p20", "graph_ms", "graph_p80")
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One case and direction. `times`: how many times as long as the first of them each peer took, fastest first.
+    """One case and direction: the rows that compete, fastest first, and by peer how long each took beside the others.
 
     `ours` is None where none of OURS ran; `best` is the fastest of the others. PACKED stay out.
     """
 
-    case: str
-    direction: str
-    rows: dict[str, Row]
+    ranking: list[Row]
     times: dict[str, float]
     ours: Row | None
     baseline: Row
     best: Row
 
     @property
+    def key(self) -> tuple[str, str]:
+        return self.best.case, self.best.direction
+
+    @property
     def fastest(self) -> Row:
-        return self.rows[next(iter(self.times))]
+        return self.ranking[0]
 
     @property
     def rival(self) -> Row | None:
         """Whom the fastest beat: the best other where ours ran, else the second of the others."""
         if self.ours:
             return self.best
-        return next((self.rows[peer] for peer in self.times if self.rows[peer] is not self.best), None)
-
-    @property
-    def level(self) -> bool:
-        """Whether the intervals of the two that compete overlap, so that none of them won."""
-        one, other = self.ours or self.best, self.rival
-        return other is not None and one.wave == other.wave and overlap(one, other)
+        return next((row for row in self.ranking if row is not self.best), None)
 
     @property
     def outcome(self) -> str:
-        """How ours did against the best of the others: "won", "level" or "lost"; "" where ours did not run."""
-        if self.ours is None:
-            return ""
-        return "level" if self.level else "won" if self.fastest is self.ours else "lost"
+        """How ours, or without ours the best of the others, did against its rival: "won", "level" or "lost".
+
+        Level means that their intervals from p20 to p80 have a point in common.
+        """
+        one, other = self.ours or self.best, self.rival
+        if other is not None and one.wave == other.wave:
+            (low, _, high), (other_low, _, other_high) = spans(one, other)
+            if low <= other_high and other_low <= high:
+                return "level"
+        return "won" if self.ours is None or self.ours is self.fastest else "lost"
 
     @property
     def faster_call(self) -> Row | None:
@@ -83,40 +81,29 @@ def standing(rows: list[Row]) -> Standing | None:
     by_name = {row.peer: row for row in rows if row.timed and row.status == OK}
     ours = next((by_name[name] for name in OURS if name in by_name), None)
     others = [
-        peer
-        for peer in by_name
+        row
+        for peer, row in by_name.items()
         if not is_ours(peer) and not peer.endswith((SECOND_WAVE, AGAIN)) and peer not in PACKED
     ]
     if not others:
         return None
-    reference = ours or by_name[next((peer for peer in BASELINES if peer in others), others[0])]
-    # Only rows of one wave were interleaved: each is held against the reference of its own.
-    beside = {2: by_name.get(reference.peer + SECOND_WAVE), reference.wave: reference}
-    ratios = {
-        peer: ratio(by_name[peer], mine)
-        for peer in others
-        if (mine := beside.get(by_name[peer].wave)) is not None
-    }
-    if not ratios:
+    reference = ours or usual(others)
+    # Only rows of one wave were interleaved: each is compared with the reference as timed in its own.
+    in_wave = {2: by_name.get(reference.peer + SECOND_WAVE), reference.wave: reference}
+    beside = {row.peer: mine for row in others if (mine := in_wave.get(row.wave)) is not None}
+    others = [row for row in others if row.peer in beside]
+    if not others:
         return None
-    baseline = next((peer for peer in BASELINES if peer in ratios), next(iter(ratios)))
-    times = ratios | ({ours.peer: 1.0} if ours else {})
-    least = min(times.values())
-    return Standing(
-        rows[0].case,
-        rows[0].direction,
-        by_name,
-        {peer: times[peer] / least for peer in sorted(times, key=lambda peer: times[peer])},
-        ours,
-        by_name[baseline],
-        # By its shortest time and not by ratio: one without a graph is held against our own call, host and all.
-        by_name[
-            min(
-                ratios,
-                key=lambda peer: shortest(by_name[peer]) / shortest(beside[by_name[peer].wave] or reference),
-            )
-        ],
-    )
+    times = {row.peer: ratio(row, beside[row.peer]) for row in others} | ({ours.peer: 1.0} if ours else {})
+    # By its shortest time and not by ratio: one without a graph is compared with our own call, host and all.
+    best = min(others, key=lambda row: shortest(row) / shortest(beside[row.peer]))
+    ranking = sorted([*others, *([ours] if ours else [])], key=lambda row: times[row.peer])
+    return Standing(ranking, times, ours, usual(others), best)
+
+
+def usual(rows: list[Row]) -> Row:
+    """The first of BASELINES among these rows, else the first row."""
+    return next((row for name in BASELINES for row in rows if row.peer == name), rows[0])
 
 
 def shortest(row: Row) -> float:
@@ -124,30 +111,30 @@ def shortest(row: Row) -> float:
     return row.graph_ms or row.ms_p50 or float("inf")
 
 
+def spans(one: Row, other: Row) -> list[tuple[float, float, float]]:
+    """(p20, median, p80) of both rows: as graphs where both have one, else of calls."""
+    columns = GRAPH if one.graph_ms and other.graph_ms else CALL
+    low, middle, high = ([getattr(row, column) or 0.0 for row in (one, other)] for column in columns)
+    return list(zip(low, middle, high, strict=True))
+
+
 def ratio(row: Row, ours: Row) -> float:
-    """How many times as long as ours: of graph to graph where both have one, else of call to call."""
-    if row.graph_ms and ours.graph_ms:
-        return row.graph_ms / ours.graph_ms
-    return (row.ms_p50 or 0) / (ours.ms_p50 or 1)
+    """How many times as long as ours."""
+    (_, time, _), (_, our_time, _) = spans(row, ours)
+    return time / our_time
 
 
-def overlap(one: Row, other: Row) -> bool:
-    """Whether the intervals from p20 to p80 of what `ratio` compares have a point in common."""
-    if one.graph_ms and other.graph_ms:
-        spans = [(row.graph_p20 or 0.0, row.graph_p80 or 0.0) for row in (one, other)]
-    else:
-        spans = [(row.ms_p20 or 0.0, row.ms_p80 or 0.0) for row in (one, other)]
-    (low, high), (other_low, other_high) = spans
-    return low <= other_high and other_low <= high
-
-
-def suite_of(result: Result) -> str:
+def suite_of(name: str) -> str:
     """The suite without its label."""
-    return result.suite.split("-")[0]
+    return name.partition("-")[0]
 
 
 def started(result: Result) -> str:
     return str(result.environment.get("started", ""))
+
+
+def on_gpu(result: Result) -> bool:
+    return result.environment.get("device_type") == "cuda"
 
 
 def standings(result: Result) -> list[Standing]:
@@ -156,46 +143,43 @@ def standings(result: Result) -> list[Standing]:
     return [found for rows in first if (found := standing(rows)) is not None]
 
 
-def without_later_ones(folder: str, result: Result, everything: list[tuple[str, Result]]) -> Result:
-    """The result less the cases that the same device measured again later, as the round's tables do its first figures.
+def without_later_ones(results: list[tuple[str, Result]]) -> list[tuple[str, Result]]:
+    """Each result less the cases that the same device measured again later, as the round's tables do its first figures.
 
     A later run takes a case over only where it says as much: a few peers alone, or none of ours, replace nothing.
     """
-    mine = {(found.case, found.direction): found for found in standings(result)}
-    later = {
-        (found.case, found.direction)
-        for other_folder, other in everything
-        if other_folder == folder and suite_of(other) == suite_of(result) and started(other) > started(result)
-        for found in standings(other)
-        if found.ours or not (before := mine.get((found.case, found.direction))) or not before.ours
-    }
-    return replace(result, rows=[row for row in result.rows if (row.case, row.direction) not in later])
+    told = [(*item, {found.key: found.ours for found in standings(item[1])}) for item in results]
+    kept = []
+    for folder, result, ours in told:
+        later = {
+            key
+            for other_folder, other, others in told
+            if other_folder == folder and suite_of(other.suite) == suite_of(result.suite)
+            if started(other) > started(result)
+            for key, row in others.items()
+            if row or not ours.get(key)
+        }
+        rows = [row for row in result.rows if (row.case, row.direction) not in later]
+        kept.append((folder, replace(result, rows=rows)))
+    return kept
 
 
-def headlines(results: Iterable[Result]) -> list[Standing]:
+def headlines(results: list[Result]) -> list[Standing]:
     """What one device's conclusion is about: whole models all, of attention calls the headline's shapes.
 
     Where a shape was measured with other sizes (a CPU's batches are smaller), the first of its heads, kind of lengths and
     dtype stands for it; where none was measured, the first case does.
     """
-    chosen: dict[tuple[str, ...], Standing] = {}
+    chosen: dict[tuple[object, ...], Standing] = {}
     spare: list[Standing] = []
-    for result in results:
-        suite = suite_of(result)
-        for found in standings(result):
-            slot = _slot(suite, found)
-            if slot is None:
-                spare.append(found)
-            elif slot not in chosen or (found.case, found.direction) in HEADLINE:
-                chosen[slot] = found
-    return list(chosen.values()) or [found for found in spare if found.case == spare[0].case]
-
-
-def _slot(suite: str, found: Standing) -> tuple[str, ...] | None:
-    if suite in STEP_SUITES:
-        return suite, found.case, found.direction
-    kinds = {(c.heads, c.head_dim, c.lengths) for c in (parse_case(name) for name, _ in HEADLINE)}
-    row = found.best
-    if found.direction == "backward" or (row.heads, row.head_dim, row.lengths) not in kinds:
-        return None
-    return suite, f"H{row.heads} D{row.head_dim} {row.lengths}", row.dtype, found.direction
+    every = [(suite_of(result.suite), found) for result in results for found in standings(result)]
+    for suite, found in every:
+        row, kind = found.best, (found.best.heads, found.best.head_dim, found.best.lengths)
+        whole_model = suite in STEP_SUITES
+        if not whole_model and (row.direction == "backward" or kind not in KINDS):
+            spare.append(found)
+            continue
+        slot = (suite, *found.key) if whole_model else (suite, *kind, row.dtype, row.direction)
+        if slot not in chosen or found.key in HEADLINE:
+            chosen[slot] = found
+    return list(chosen.values()) or [found for found in spare if found.key[0] == spare[0].key[0]]
