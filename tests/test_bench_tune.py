@@ -331,7 +331,7 @@ def test_a_run_on_a_gpu_saves_every_answer_as_it_comes(
     monkeypatch.setattr(tune.machine, "device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(tune.machine, "environment", lambda *_: {})
     monkeypatch.setattr(tune, "why_not_compile", lambda: None)
-    monkeypatch.setattr(tune._configs, "architecture", lambda device: tune.ARCH if device == gpu else 0)
+    monkeypatch.setattr(tune.configs, "architecture", lambda device: tune.ARCH if device == gpu else 0)
     refused = {Config(16, 16, 4, 1): {"refused": "the compiler crashed"}}
     monkeypatch.setattr(
         tune,

@@ -1,5 +1,5 @@
 """`python -m bench gpu-round`: all that a GPU is asked, in two parts that fit a quarter of an hour.
 
-`steps` says what is done in which order and within which time, `driver` does it and writes what came of it,
-`checks` proves the kernels on the hardware, `warm` compiles them beforehand, `prepare` packs what a CPU can make.
+It may import every folder of the benchmark, and nothing imports it but the command line. `driver` runs the steps of
+`steps`, each a process of its own: a suite, or a module of this folder by `__main__`.
 """
