@@ -17,7 +17,7 @@ import torch
 
 import padfree
 from padfree_bench import cli
-from padfree_bench.gpu_round import agreement, checks, counters, driver, steps
+from padfree_bench.gpu_round import agreement, checks, counters, driver, outcomes, steps
 from padfree_bench.gpu_round.steps import OVERHEAD_SECONDS, PART_SECONDS, PARTS, VERSIONS_SECONDS, Round, Step
 from padfree_bench.suites.session import refuse_to_replace
 from test_bench_limits import is_running
@@ -57,17 +57,17 @@ def test_every_suite_takes_its_command_line(part: str, on_gpu: bool, tmp_path: P
 def test_a_step_past_its_limit_keeps_what_it_had_found(around: Round) -> None:
     program = "import json, time; print(json.dumps({'cases': 3}), flush=True); time.sleep(60)"
     outcome = driver.run_step(replace(around, on_gpu=True), python(program), 20)
-    assert (outcome.status, outcome.details) == (driver.TIMED_OUT, {"cases": 3})
+    assert (outcome.status, outcome.details) == (outcomes.TIMED_OUT, {"cases": 3})
 
 
 def test_a_step_that_fails_says_why_and_never_passes_without_a_gpu(around: Round) -> None:
     failed = driver.run_step(around, python("import sys; print('dq differs'); sys.exit(1)"), 100)
-    assert failed.status == driver.FAILED and "dq differs" in failed.reason
-    assert driver.run_step(around, python(""), 100).status == driver.REHEARSED
+    assert failed.status == outcomes.FAILED and "dq differs" in failed.reason
+    assert driver.run_step(around, python(""), 100).status == outcomes.REHEARSED
     asked = Step("graph", "", 9, ("false",), needs_gpu=True)
-    assert driver.run_step(around, asked, 100).status == driver.NOT_RUN
+    assert driver.run_step(around, asked, 100).status == outcomes.NOT_RUN
     lacking = replace(python(""), needs_folder=around.folder / "reviews")
-    assert driver.run_step(around, lacking, 100).status == driver.NOT_RUN
+    assert driver.run_step(around, lacking, 100).status == outcomes.NOT_RUN
     assert driver.run_step(replace(around, on_gpu=True), python(""), 1).reason == "no time left"
 
 
@@ -104,15 +104,15 @@ def test_a_suite_in_which_padfree_has_no_figure_has_not_passed(around: Round) ->
         return driver.run_step(around, replace(python(program), result="attention"), 20)
 
     failed = outcome(sdpa, wrong)
-    assert failed.status == driver.FAILED and "B64 both padfree: wrong answer" in failed.reason
+    assert failed.status == outcomes.FAILED and "B64 both padfree: wrong answer" in failed.reason
     passed = outcome(sdpa, {"peer": "padfree", "ms_p50": 1.0}, {"peer": "flex", "status": "not run"})
-    assert passed.status == driver.PASSED
+    assert passed.status == outcomes.PASSED
     assert passed.details == {"B64 both": {"sdpa": 2.0, "padfree": 1.0}}
     late = outcome({"peer": "padfree", "ms_p50": 1.0}, not_reached=["B4 both"])
-    assert late.status == driver.INCOMPLETE and "B4 both" in late.reason
+    assert late.status == outcomes.INCOMPLETE and "B4 both" in late.reason
     os.utime(around.folder / "attention.json", (1, 1))
     stale = driver.run_step(around, replace(python(""), result="attention"), 20)
-    assert (stale.status, stale.details) == (driver.FAILED, {})
+    assert (stale.status, stale.details) == (outcomes.FAILED, {})
     assert "no figure of this run" in stale.reason
 
 
@@ -121,7 +121,7 @@ def test_a_check_that_finds_no_gpu_in_a_round_on_one_has_not_passed(around: Roun
     around = replace(around, on_gpu=True)
     (step,) = [step for step in steps.smoke(around) if step.name == name]
     failed = driver.run_step(around, replace(step, environment={"CUDA_VISIBLE_DEVICES": ""}), 60)
-    assert failed.status == driver.FAILED and "finds no CUDA GPU" in failed.reason
+    assert failed.status == outcomes.FAILED and "finds no CUDA GPU" in failed.reason
 
 
 def test_a_round_that_tunes_takes_no_other_runs_rows(around: Round, monkeypatch: pytest.MonkeyPatch) -> None:

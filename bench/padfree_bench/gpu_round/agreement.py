@@ -1,7 +1,7 @@
-"""The calls that are held to fp64: every row of the table that the architecture uses, every feature, every padding.
+"""The calls that are checked against fp64: every row of the table that an architecture uses, every feature and padding.
 
 Truth and the eager result in the call's own dtype are computed on the same device, so nothing travels and no
-interpreter is asked. The rule is that of `padfree.testing`, over the draws of several seeds together.
+interpreter runs. The rule is that of `padfree.testing`, over the draws of several seeds together.
 """
 
 from collections.abc import Callable, Iterator

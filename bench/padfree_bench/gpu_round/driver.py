@@ -22,16 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from padfree_bench.gpu_round.outcomes import (
-    FAILED,
-    INCOMPLETE,
-    PASSED,
-    REHEARSED,
-    TIMED_OUT,
-    Outcome,
-    run_step,
-    split_output,
-)  # fmt: skip
+from padfree_bench.gpu_round import outcomes
+from padfree_bench.gpu_round.outcomes import Outcome, run_step, split_output, verdict_of
 from padfree_bench.gpu_round.steps import (
     OVERHEAD_SECONDS,
     PART_SECONDS,
@@ -47,17 +39,6 @@ from padfree_bench.measuring.processes import stop_on_sigterm
 from padfree_bench.measuring.results import NOT_RUN, RESULTS, keep_earlier, write_whole
 
 PACK_SECONDS = 10
-
-
-def verdict_of(outcomes: list[Outcome], steps: list[Step], on_gpu: bool) -> str:
-    """ "passed" only on a GPU with every step passed; a rehearsal can fail but never pass."""
-    if any(outcome.status in (FAILED, TIMED_OUT) for outcome in outcomes):
-        return FAILED
-    if len(outcomes) < len(steps):
-        return "unfinished"
-    if not on_gpu:
-        return REHEARSED
-    return PASSED if all(outcome.status == PASSED for outcome in outcomes) else INCOMPLETE
 
 
 def archive(around: Round, target: Path) -> None:
@@ -128,17 +109,17 @@ class Record:
         with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
             content = json.loads(self.path.read_text())
             if content["environment"]["commit"] == self.versions.get("commit"):
-                outcomes = [Outcome(**step) for step in content["steps"]]
+                before = {step["name"]: Outcome(**step) for step in content["steps"]}
                 again = {step.name for step in asked}
-                self.known = {each.name: each for each in outcomes if each.name not in again}
+                self.known = {name: outcome for name, outcome in before.items() if name not in again}
 
     def save(self) -> str:
         """Write all whole or not at all; returns the verdict."""
-        outcomes = [self.known[step.name] for step in self.steps if step.name in self.known]
-        verdict = verdict_of(outcomes, self.steps, self.around.on_gpu)
+        done = [self.known[step.name] for step in self.steps if step.name in self.known]
+        verdict = verdict_of(done, self.steps, self.around.on_gpu)
         content = {
             "kind": "gpu-round", "part": self.part, "verdict": verdict, "environment": self.versions,
-            "steps": [asdict(outcome) for outcome in outcomes],
+            "steps": [asdict(outcome) for outcome in done],
             "not_reached": [step.name for step in self.steps if step.name not in self.known],
         }  # fmt: skip
         write_whole(self.path, json.dumps(content, indent=1) + "\n")
@@ -153,9 +134,9 @@ class Record:
             outcome = self.known.get(step.name, Outcome(step.name, NOT_RUN, reason="not reached"))
             lines.append(f"{outcome} of {step.seconds:3}  {outcome.reason or step.summary}")
             for place, found in outcome.details.items() if step.result else ():
-                shown = [
+                shown = (
                     f"{peer} {ms:g}" for peer, ms in found.items() if "padfree" in peer or "sdpa" in peer
-                ]
+                )
                 cases.append(f"{step.name}, {place}: {', '.join(shown)}")
         return "\n".join([*lines, *cases])
 
@@ -186,13 +167,13 @@ def run_part(part: str, output: Path, packed: Path | None, only: list[str] | Non
             verdict = record.save()
         except OSError as error:
             # A full disk: the figures of later steps may still be small enough, or are seen on the screen.
-            outcome = record.known.setdefault(step.name, Outcome(step.name, FAILED))
-            outcome.status, outcome.reason = FAILED, f"cannot write: {error}"
+            outcome = record.known.setdefault(step.name, Outcome(step.name, outcomes.FAILED))
+            outcome.status, outcome.reason = outcomes.FAILED, f"cannot write: {error}"
         print(f"{outcome}  {outcome.reason or outcome.details}"[:300], flush=True)
     print(f"\n{record.table()}")
     print(f"{verdict}: {record.path}, {time.monotonic() - begin:.0f} s in all")
     done = [record.known[step.name] for step in asked]
-    return 0 if verdict_of(done, asked, around.on_gpu) in (PASSED, REHEARSED) else 1
+    return 0 if verdict_of(done, asked, around.on_gpu) in (outcomes.PASSED, outcomes.REHEARSED) else 1
 
 
 def allowed(step: Step, later: list[Step], left: float) -> float:
@@ -208,11 +189,8 @@ def parser() -> argparse.ArgumentParser:
     add = options.add_argument
     add("--part", required=True, choices=("prepare", *PART_SECONDS))
     add("--output", type=Path, default=RESULTS, help="folder for results (default: bench/results)")
-    add(
-        "--archive",
-        type=Path,
-        help="pack the card's folder into this .tar.gz, every 10 s and after every step",
-    )
+    when = "every 10 s and after every step"
+    add("--archive", type=Path, help=f"pack the card's folder into this .tar.gz, {when}")
     add("--steps", help="names by comma, what others found before is kept; all when left out")
     add("--reviews", type=Path, help="prepare: a .parquet of reviews (text, label) to take 4,000 from")
     add("--tokenizer", type=Path, help="prepare: a tokenizer's folder")

@@ -11,8 +11,8 @@ from padfree_bench.gpu_round.steps import ROOT, Round, Step, our_environment
 from padfree_bench.measuring.processes import run_limited
 from padfree_bench.measuring.results import NOT_RUN
 
-PASSED, FAILED, TIMED_OUT, REHEARSED = "passed", "failed", "timed out", "rehearsed"
-INCOMPLETE = "incomplete"
+PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
+REHEARSED, INCOMPLETE = "rehearsed", "incomplete"
 LOG_BYTES = 200_000
 
 
@@ -31,7 +31,7 @@ class Outcome:
 
 
 def why_not(around: Round, step: Step, seconds: float) -> str:
-    """Why the step cannot be run now, or "" """
+    """Why the step cannot be run now; "" where it can."""
     if step.needs_gpu and not around.on_gpu:
         return "needs a CUDA GPU"
     if step.needs_folder is not None and not step.needs_folder.is_dir():
@@ -92,8 +92,10 @@ def split_output(text: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def figures(path: Path, since: float) -> tuple[dict[str, dict[str, float]], list[str], list[str]]:
-    """Of a suite's file: {case and direction: {peer: ms, as a graph where there is one}}, our own rows without a figure,
-    and cases that the time did not reach. Nothing where it was written before `since`, by another run."""
+    """({case and direction: {peer: ms, of a graph where there is one}}, our own rows without a figure, cases not reached).
+
+    Nothing of all that where the suite's file was written before `since`, by another run.
+    """
     found, untimed = dict[str, dict[str, float]](), list[str]()
     if not path.is_file() or path.stat().st_mtime < since - 1:
         return found, untimed, []
@@ -105,3 +107,14 @@ def figures(path: Path, since: float) -> tuple[dict[str, dict[str, float]], list
         elif row["status"] == NOT_RUN and "padfree" in row["peer"]:
             untimed.append(f"{place} {row['peer']}: {row.get('reason')}")
     return found, untimed, content["not_reached"]
+
+
+def verdict_of(outcomes: list[Outcome], steps: list[Step], on_gpu: bool) -> str:
+    """ "passed" only on a GPU with every step passed; a rehearsal can fail but never pass."""
+    if any(outcome.status in (FAILED, TIMED_OUT) for outcome in outcomes):
+        return FAILED
+    if len(outcomes) < len(steps):
+        return "unfinished"
+    if not on_gpu:
+        return REHEARSED
+    return PASSED if all(outcome.status == PASSED for outcome in outcomes) else INCOMPLETE

@@ -14,6 +14,7 @@ from padfree_bench.measuring.processes import die_with_parent
 ROOT = Path(__file__).resolve().parents[3]
 REHEARSE, PREPARE = "--rehearse", "--prepare"
 CARRY = ROOT / ".carry"
+BENCH = (sys.executable, "-m", "bench")
 # Names the file of the tune's rows that a step's process is to take.
 TUNED_ROWS = "PADFREE_TUNED_ROWS"
 PART_SECONDS = {"smoke": 240, "main": 510}
@@ -32,6 +33,7 @@ TABLE, MORE = (*HEADLINE, *CONTROL, *OTHER_HEADS), (*PRECISION, *LONG)
 OUR_FIRST_PEERS = ("padfree", "padfree-skip", "padfree-varlen")
 OUR_PEERS = (*OUR_FIRST_PEERS, "padfree-varlen+pack", "padfree-qkv", "padfree-nomask")
 FIRST_PEERS = (*OUR_FIRST_PEERS, "sdpa", "sdpa-efficient", "sdpa-cudnn", "varlen_attn", "varlen_attn+pack")
+BOTH = ("forward", "both")
 
 
 class WrongArgument(Exception):
@@ -56,24 +58,11 @@ class Round:
         """A module of this folder as a process of its own, which without a GPU is told that it is rehearsed."""
         return (*worker(*arguments), *(() if self.on_gpu else (REHEARSE,)))
 
-    def suite(self, name: str, label: str, *arguments: str) -> tuple[str, ...]:
+    def suite(self, name: str, label: str, **options: Sequence[str]) -> tuple[str, ...]:
         """A suite that starts no case once its time is nearly up; without a GPU its quick form."""
-        line = (
-            name,
-            "--label",
-            label,
-            "--minutes",
-            "{minutes}",
-            "--no-pictures",
-            "--output",
-            str(self.output),
-        )
-        return (*BENCH, *line, *(arguments if self.on_gpu else ("--quick",)))
-
-    def attention(self, label: str, cases: Sequence[str], *more: str) -> tuple[str, ...]:
-        return self.suite(
-            "attention", label, "--shapes", ",".join(cases), "--directions", "forward,both", *more
-        )
+        line = f"{name} --label {label} --minutes {{minutes}} --no-pictures --output".split()
+        chosen = [word for option, names in options.items() for word in (f"--{option}", ",".join(names))]
+        return (*BENCH, *line, str(self.output), *(chosen if self.on_gpu else ["--quick"]))
 
 
 @dataclass(frozen=True)
@@ -97,9 +86,6 @@ class Step:
         """The command for a step that has this long."""
         minutes = f"{max(seconds - self.grace, 6) / 60:.2f}"
         return [part.replace("{minutes}", minutes) for part in self.command]
-
-
-BENCH = (sys.executable, "-m", "bench")
 
 
 def worker(*arguments: str) -> tuple[str, ...]:
@@ -129,38 +115,41 @@ def smoke(around: Round) -> list[Step]:
         Step("warm", "kernels compiled side by side into one cache", 60, around.worker("warm", "smoke")),
         Step("agreement", "every row, feature and pattern of padding against fp64 on this device", 50, check("agreement")),
         Step("repeats", "thousands of bitwise equal results under load, launched and replayed", 30, check("repeats")),
-        Step("graph", "a graph replayed on new inputs while another stream allocates", 12, check("graph"), True),
+        Step("graph", "a graph replayed on new inputs while another stream allocates", 12, check("graph"), needs_gpu=True),
         Step("headline", "the two headline cases, first figures", 60,
-             around.attention("smoke", HEADLINE, "--peers", ",".join(FIRST_PEERS)), result="attention-smoke"),
+             around.suite("attention", "smoke", shapes=HEADLINE, directions=BOTH, peers=FIRST_PEERS), result="attention-smoke"),
     ]  # fmt: skip
 
 
 def main(around: Round) -> list[Step]:
     """Tune the rows that the headline uses, then all tables."""
     tuned = {TUNED_ROWS: str(around.folder / "tune.json")}
-    first_peers, reviews = ("--peers", ",".join(FIRST_PEERS)), CARRY / "reviews"
-    no_caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    no_caching, reviews = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, CARRY / "reviews"
     return [
         Step("warm", "kernels compiled side by side into one cache", 50, around.worker("warm", "main")),
         Step("tune", "the headline's rows of the table against a dozen others", 50,
              (*BENCH, "tune", "--minutes", "0.75", "--output", str(around.output))),
-        Step("warm-tuned", "the headline's other kernels with the tuned rows", 20, around.worker("warm", "tuned"), False, tuned),
+        Step("warm-tuned", "the headline's other kernels with the tuned rows", 20, around.worker("warm", "tuned"), environment=tuned),
         Step("table", "attention: headline, no padding, other heads; every peer", 100,
-             around.attention("table", TABLE), False, tuned, result="attention-table", grace=LONG_GRACE_SECONDS),
+             around.suite("attention", "table", shapes=TABLE, directions=BOTH),
+             environment=tuned, result="attention-table", grace=LONG_GRACE_SECONDS),
         Step("counters", "Nsight Compute on each kernel of the headline: what binds it", 30,
-             worker("counters", str(around.folder)), True),
+             worker("counters", str(around.folder)), needs_gpu=True),
         Step("train-step", "a training step: the notebook's loop against ours", 60,
-             around.suite("train", "round", "--dtypes", "bf16"), False, tuned, result="train-round"),
+             around.suite("train", "round", dtypes=["bf16"]), environment=tuned, result="train-round"),
         Step("epoch-padfree", f"imdb-train on reviews, {'fused' if around.on_gpu else 'SDPA in its place'}, the second of two epochs", 30,
              around.worker("epochs", "padfree"), needs_folder=reviews),
         Step("epoch-sdpa", "imdb-train on the same reviews, SDPA, which plans anew for every width", 40,
              around.worker("epochs", "sdpa"), needs_folder=reviews),
         Step("memory", "what a call holds at its peak", 20,
-             around.suite("memory", "round", "--shapes", ",".join(MEMORY), *first_peers), result="memory-round"),
-        Step("memcheck", "compute-sanitizer memcheck, each kernel once", 20, sanitized("memcheck"), True, no_caching),
-        Step("racecheck", "compute-sanitizer racecheck, each kernel once", 20, sanitized("racecheck"), True, no_caching),
+             around.suite("memory", "round", shapes=MEMORY, peers=FIRST_PEERS), result="memory-round"),
+        Step("memcheck", "compute-sanitizer memcheck, each kernel once", 20, sanitized("memcheck"),
+             needs_gpu=True, environment=no_caching),
+        Step("racecheck", "compute-sanitizer racecheck, each kernel once", 20, sanitized("racecheck"),
+             needs_gpu=True, environment=no_caching),
         Step("more", "attention: fp16, fp32, long sequences", 40,
-             around.attention("more", MORE, *first_peers), result="attention-more", grace=LONG_GRACE_SECONDS),
+             around.suite("attention", "more", shapes=MORE, directions=BOTH, peers=FIRST_PEERS),
+             result="attention-more", grace=LONG_GRACE_SECONDS),
     ]  # fmt: skip
 
 

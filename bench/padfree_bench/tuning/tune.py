@@ -42,7 +42,7 @@ from padfree_bench.tuning.tune_candidates import (
     read_candidates,
     screen,
     write_lines,
-)  # fmt: skip
+)
 
 HEADLINE = "B64-H12-D64-S400-imdb-bf16,B64-H4-D8-S400-imdb-bf16"
 BASIS = {True: "measured on this GPU", False: "predicted by a static cost model, nothing was run"}
@@ -81,9 +81,9 @@ def offers(asked: list[Question], path: Path = CANDIDATES) -> dict[Question, lis
     return offered
 
 
-def warm_items(cases: str = HEADLINE, passes: str = ",".join(PASSES), path: Path = CANDIDATES) -> list[Item]:
-    """What `compile_item` takes, in any process and without a GPU, so that a run here compiles nothing."""
-    offered = offers(questions(cases, passes), path)
+def warm_items() -> list[Item]:
+    """What `compile_item` takes, in any process and without a GPU, so that a run on the headline compiles nothing."""
+    offered = offers(questions(HEADLINE, ",".join(PASSES)))
     return [question.item(row["config"]) for question, rows in offered.items() for row in rows]
 
 
