@@ -175,11 +175,8 @@ def wait_for(what: Callable[[], Any], seconds: float = 600) -> Any:
 
 
 def test_a_kill_in_the_middle_leaves_whole_files_and_no_children(tmp_path: Path) -> None:
-    paths = os.pathsep.join(str(steps.ROOT / folder) for folder in ("kernels", "model", "bench"))
-    process = subprocess.Popen(
-        [sys.executable, "-c", ROUND, str(tmp_path), GRANDCHILD],
-        env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-c", ROUND, str(tmp_path), GRANDCHILD]
+    process = subprocess.Popen(command, env=steps.our_environment(), stdout=subprocess.DEVNULL)
     log = tmp_path / "card" / "logs" / "slow.log"
     pids = wait_for(lambda: log.is_file() and log.read_text().split())
     process.send_signal(signal.SIGKILL)
@@ -276,11 +273,8 @@ print(hits)
 def test_a_packed_cache_gives_hits_in_another_folder(tmp_path: Path) -> None:
     from padfree_bench.gpu_round import carry
 
-    paths = os.pathsep.join(str(steps.ROOT / folder) for folder in ("kernels", "model", "bench"))
-
     def hits(cache: Path, *arguments: str) -> list[bool]:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(cache)}
+        environment = steps.our_environment() | {"TRITON_CACHE_DIR": str(cache)}
         command = [sys.executable, "-c", CACHE, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
