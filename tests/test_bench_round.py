@@ -17,7 +17,7 @@ import torch
 
 import padfree
 from padfree_bench import cli
-from padfree_bench.gpu_round import agreement, checks, counters, driver, steps
+from padfree_bench.gpu_round import agreement, checks, counters, driver, outcomes, steps
 from padfree_bench.gpu_round.steps import OVERHEAD_SECONDS, PART_SECONDS, PARTS, VERSIONS_SECONDS, Round, Step
 from padfree_bench.suites.session import refuse_to_replace
 from test_bench_limits import is_running
@@ -57,17 +57,17 @@ def test_every_suite_takes_its_command_line(part: str, on_gpu: bool, tmp_path: P
 def test_a_step_past_its_limit_keeps_what_it_had_found(around: Round) -> None:
     program = "import json, time; print(json.dumps({'cases': 3}), flush=True); time.sleep(60)"
     outcome = driver.run_step(replace(around, on_gpu=True), python(program), 20)
-    assert (outcome.status, outcome.details) == (driver.TIMED_OUT, {"cases": 3})
+    assert (outcome.status, outcome.details) == (outcomes.TIMED_OUT, {"cases": 3})
 
 
 def test_a_step_that_fails_says_why_and_never_passes_without_a_gpu(around: Round) -> None:
     failed = driver.run_step(around, python("import sys; print('dq differs'); sys.exit(1)"), 100)
-    assert failed.status == driver.FAILED and "dq differs" in failed.reason
-    assert driver.run_step(around, python(""), 100).status == driver.REHEARSED
+    assert failed.status == outcomes.FAILED and "dq differs" in failed.reason
+    assert driver.run_step(around, python(""), 100).status == outcomes.REHEARSED
     asked = Step("graph", "", 9, ("false",), needs_gpu=True)
-    assert driver.run_step(around, asked, 100).status == driver.NOT_RUN
+    assert driver.run_step(around, asked, 100).status == outcomes.NOT_RUN
     lacking = replace(python(""), needs_folder=around.folder / "reviews")
-    assert driver.run_step(around, lacking, 100).status == driver.NOT_RUN
+    assert driver.run_step(around, lacking, 100).status == outcomes.NOT_RUN
     assert driver.run_step(replace(around, on_gpu=True), python(""), 1).reason == "no time left"
 
 
@@ -104,15 +104,15 @@ def test_a_suite_in_which_padfree_has_no_figure_has_not_passed(around: Round) ->
         return driver.run_step(around, replace(python(program), result="attention"), 20)
 
     failed = outcome(sdpa, wrong)
-    assert failed.status == driver.FAILED and "B64 both padfree: wrong answer" in failed.reason
+    assert failed.status == outcomes.FAILED and "B64 both padfree: wrong answer" in failed.reason
     passed = outcome(sdpa, {"peer": "padfree", "ms_p50": 1.0}, {"peer": "flex", "status": "not run"})
-    assert passed.status == driver.PASSED
+    assert passed.status == outcomes.PASSED
     assert passed.details == {"B64 both": {"sdpa": 2.0, "padfree": 1.0}}
     late = outcome({"peer": "padfree", "ms_p50": 1.0}, not_reached=["B4 both"])
-    assert late.status == driver.INCOMPLETE and "B4 both" in late.reason
+    assert late.status == outcomes.INCOMPLETE and "B4 both" in late.reason
     os.utime(around.folder / "attention.json", (1, 1))
     stale = driver.run_step(around, replace(python(""), result="attention"), 20)
-    assert (stale.status, stale.details) == (driver.FAILED, {})
+    assert (stale.status, stale.details) == (outcomes.FAILED, {})
     assert "no figure of this run" in stale.reason
 
 
@@ -121,7 +121,7 @@ def test_a_check_that_finds_no_gpu_in_a_round_on_one_has_not_passed(around: Roun
     around = replace(around, on_gpu=True)
     (step,) = [step for step in steps.smoke(around) if step.name == name]
     failed = driver.run_step(around, replace(step, environment={"CUDA_VISIBLE_DEVICES": ""}), 60)
-    assert failed.status == driver.FAILED and "finds no CUDA GPU" in failed.reason
+    assert failed.status == outcomes.FAILED and "finds no CUDA GPU" in failed.reason
 
 
 def test_a_round_that_tunes_takes_no_other_runs_rows(around: Round, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,11 +175,8 @@ def wait_for(what: Callable[[], Any], seconds: float = 600) -> Any:
 
 
 def test_a_kill_in_the_middle_leaves_whole_files_and_no_children(tmp_path: Path) -> None:
-    paths = os.pathsep.join(str(steps.ROOT / folder) for folder in ("kernels", "model", "bench"))
-    process = subprocess.Popen(
-        [sys.executable, "-c", ROUND, str(tmp_path), GRANDCHILD],
-        env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-c", ROUND, str(tmp_path), GRANDCHILD]
+    process = subprocess.Popen(command, env=steps.our_environment(), stdout=subprocess.DEVNULL)
     log = tmp_path / "card" / "logs" / "slow.log"
     pids = wait_for(lambda: log.is_file() and log.read_text().split())
     process.send_signal(signal.SIGKILL)
@@ -266,9 +263,9 @@ CACHE = """
 import sys
 from pathlib import Path
 from padfree_bench.gpu_round import carry, warm
-if len(sys.argv) > 2:
+if len(sys.argv) > 1:
     assert carry.unpack(Path(sys.argv[1]), Path(sys.argv[2])) == []
-hits, _ = warm.compile_item(("case", sys.argv[-1]))
+hits, _ = warm.compile_item(next(item for item in warm.items("smoke") if item[0] == "case one token"))
 print(hits)
 """
 
@@ -276,14 +273,9 @@ print(hits)
 def test_a_packed_cache_gives_hits_in_another_folder(tmp_path: Path) -> None:
     from padfree_bench.gpu_round import carry
 
-    paths = os.pathsep.join(str(steps.ROOT / folder) for folder in ("kernels", "model", "bench"))
-    cases = agreement.all_cases(90)
-    index = str(next(i for i, case in enumerate(cases) if case.name == "one token"))
-
     def hits(cache: Path, *arguments: str) -> list[bool]:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(cache)}
-        command = [sys.executable, "-c", CACHE, *arguments, index]
+        environment = steps.our_environment() | {"TRITON_CACHE_DIR": str(cache)}
+        command = [sys.executable, "-c", CACHE, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         answer: list[bool] = json.loads(done.stdout.lower())
@@ -411,5 +403,4 @@ def test_a_machine_without_nsight_compute_has_no_counters(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(counters, "find_ncu", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["counters", str(tmp_path)])
-    assert counters.main() == 1 and "ncu is not installed" in capsys.readouterr().out
+    assert counters.main(str(tmp_path)) == 1 and "ncu is not installed" in capsys.readouterr().out

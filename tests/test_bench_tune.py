@@ -292,18 +292,18 @@ def test_accepted_rows_serve_short_sequences_on_their_architecture_alone(
     ]
     tune.write_lines(path, {"answers": answers})
     assert [row["pass"] for row in tune.apply_rows(path)] == ["forward", "query_gradient"] * 2
-    choose = configs._choose
-    assert choose("forward", "half", 64, 400, 90, True) == best
-    assert choose("query_gradient", "half", 16, 1024, 90, True) == best
+    row_for, half = configs.row_for, torch.bfloat16
+    assert row_for("forward", half, 64, 400, 90).config == best
+    assert row_for("query_gradient", half, 16, 1024, 90).config == best
     for passname, *key in (
-        ("forward", 64, 1025, 90, True),
-        ("forward", 64, 400, 90, False),  # what was measured had no mask, dropout or the like
-        ("query_gradient", 16, 1025, 90, True),
-        ("forward", 64, 400, 100, True),
-        ("key_gradient", 64, 400, 90, True),
+        ("forward", 64, 1025, 90),
+        ("forward", 64, 400, 90, True),  # what was measured had no mask, dropout or the like
+        ("query_gradient", 16, 1025, 90),
+        ("forward", 64, 400, 100),
+        ("key_gradient", 64, 400, 90),
     ):
-        assert choose(passname, "half", *key) != best
-    choose.cache_clear()
+        assert row_for(passname, half, *key).config != best
+    row_for.cache_clear()
     for text in ("", "[]", '{"answers": [{"accepted": true}]}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"^cannot read tuned rows from .*tune.json: "):
@@ -331,7 +331,7 @@ def test_a_run_on_a_gpu_saves_every_answer_as_it_comes(
     monkeypatch.setattr(tune.machine, "device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(tune.machine, "environment", lambda *_: {})
     monkeypatch.setattr(tune, "why_not_compile", lambda: None)
-    monkeypatch.setattr(tune._configs, "architecture", lambda device: tune.ARCH if device == gpu else 0)
+    monkeypatch.setattr(tune.configs, "architecture", lambda device: tune.ARCH if device == gpu else 0)
     refused = {Config(16, 16, 4, 1): {"refused": "the compiler crashed"}}
     monkeypatch.setattr(
         tune,

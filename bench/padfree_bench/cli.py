@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 
+from padfree_bench.measuring.processes import positive_minutes
 from padfree_bench.measuring.results import RESULTS, SUITES, DeviceLost, fault_line
 
 # Owned by modules with their own options; imported only when asked for.
@@ -32,14 +33,6 @@ def parser() -> argparse.ArgumentParser:
     for name, summary in HELP.items():
         commands.add_parser(name, help=summary, add_help=False)
     return top
-
-
-def positive_minutes(text: str) -> float:
-    """A time budget; nan and less than nothing are refused."""
-    minutes = float(text)
-    if not minutes > 0:
-        raise argparse.ArgumentTypeError(f"minutes must be more than 0, got {text}")
-    return minutes
 
 
 def add_suite_options(suite: argparse.ArgumentParser, name: str) -> None:

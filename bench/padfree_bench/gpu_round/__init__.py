@@ -1,5 +1,5 @@
-"""`python -m bench gpu-round`: all that a GPU is asked, in two parts that fit a quarter of an hour.
+"""`python -m bench gpu-round`: a GPU's quarter of an hour, in two parts; the kernels' proof and all tables.
 
-`steps` says what is done in which order and within which time, `driver` does it and writes what came of it,
-`checks` proves the kernels on the hardware, `warm` compiles them beforehand, `prepare` packs what a CPU can make.
+`driver` runs the steps of `steps`, each a process of its own: a suite, or a module of this folder by `__main__`.
+It may import every folder of the benchmark; only the command line imports it.
 """

@@ -1,14 +1,12 @@
-"""The processes of the GPU round that prove the kernels: `python -m padfree_bench.gpu_round.checks NAME`.
+"""The processes that prove the kernels: agreement, repeats, graph, and what compute-sanitizer and Nsight Compute launch.
 
-Each prints what it knows as a line of JSON again and again, so that a run that is stopped says how far it came.
 Without a GPU the reference takes the kernel's place, which proves the plumbing and nothing else.
 """
 
-import argparse
 import json
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -22,13 +20,11 @@ from padfree_bench.gpu_round.steps import HEADLINE, REHEARSE
 from padfree_bench.measuring.cases import parse_case
 from padfree_bench.measuring.inputs import make_inputs
 from padfree_bench.measuring.machine import pick_device
-from padfree_bench.measuring.processes import die_with_parent
 from padfree_bench.measuring.timing import capture_graph, own_stream
 from padfree_bench.tuning.tune_candidates import Work
 
 REPEATS = 5000
-# (heads, head_dim) at B 64, S 400: BERT's and the notebook's
-SHAPES = ((12, 64), (4, 8))
+Results = Callable[[], list[Tensor]]
 
 
 def say(**found: Any) -> None:
@@ -41,21 +37,20 @@ def impl_on(device: torch.device) -> Impl:
 
 def check_agreement(device: torch.device) -> list[str]:
     """Every case by the error rule; the failures by name."""
-    on_gpu = device.type == "cuda"
+    on_gpu, impl = device.type == "cuda", impl_on(device)
     cases = agreement.all_cases(configs.architecture(device) if on_gpu else 90)
     # A rehearsal takes some, and not the figures' own shapes, which are too much for a CPU's fp64.
     cases = cases if on_gpu else [case for case in cases if case.batch < 16][::6]
-    failed: list[str] = []
-    nearest = (0.0, "")
+    failed, nearest = list[str](), (0.0, "")
     for done, case in enumerate(cases, start=1):
         try:
-            nearest = max(nearest, (agreement.check_case(case, device, impl_on(device)), case.name))
+            nearest = max(nearest, (agreement.check_case(case, device, impl), case.name))
         except (AssertionError, RuntimeError, ValueError) as error:
             failed.append(f"{case.name}: {str(error).splitlines()[0]}")
             print(failed[-1], flush=True)
             if isinstance(error, torch.AcceleratorError):
                 break  # every later call of this process would fail
-        say(cases=done, of=len(cases), impl=impl_on(device), nearest_to_the_limit=nearest, failed=failed)
+        say(cases=done, of=len(cases), impl=impl, nearest_to_the_limit=nearest, failed=failed)
     return failed
 
 
@@ -63,7 +58,7 @@ def touch(device: torch.device) -> list[str]:
     """Each kernel once, for compute-sanitizer."""
     for case in agreement.touching_cases():
         call = agreement.call_of(case, impl_on(device))
-        testing.run(call, case.inputs(device, 0), **dict(case.options))
+        testing.run(call, case.inputs(device, 0), **case.options)
         say(touched=case.name)
     return []
 
@@ -71,24 +66,20 @@ def touch(device: torch.device) -> list[str]:
 def launch_headline(device: torch.device) -> list[str]:
     """Each pass over each of the headline's cases once, for Nsight Compute."""
     for case in HEADLINE:
-        inputs = make_inputs(parse_case(case), device)
-        Work(inputs).launch("key_gradient")  # forward and query gradient are launched for what it reads
+        # Forward and query gradient are launched for what this one reads.
+        Work(make_inputs(parse_case(case), device)).launch("key_gradient")
         say(launched=case)
     return []
 
 
-def call_at(heads: int, head_dim: int, device: torch.device) -> Callable[[], list[Tensor]]:
-    """Forward and backward of B 64, S 400 in bf16 on fixed tensors, as a function that returns all results."""
-    batch, seq = (64, 400) if device.type == "cuda" else (2, 40)
-    inputs = testing.make_inputs(
-        batch, heads, seq, seq, head_dim, dtype=torch.bfloat16, padding="right", device=device
-    )
-    call = lambda *tensors, **options: attention(*tensors, impl=impl_on(device), **options)
+def results_of(inputs: testing.Inputs, impl: Impl) -> Results:
+    """Forward and backward on these tensors, as a function that returns all results."""
+    call = lambda *tensors, **options: attention(*tensors, impl=impl, **options)
     run = lambda: testing.run(call, inputs, skip_padded_queries=True)
     return lambda: [result for result in run() if result is not None]
 
 
-def replayed(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+def replayed(run: Results) -> Results:
     """The same results from replays of one captured graph, always in the same tensors."""
     static: list[Tensor] = []
 
@@ -104,25 +95,29 @@ def replayed(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
     return again
 
 
-def count_changed(changed: Tensor, got: list[Tensor], expected: list[Tensor]) -> None:
-    """Add the number of tensors that differ in a bit, without waiting for the device."""
-    for ours, theirs in zip(got, expected, strict=True):
-        changed += (ours != theirs).any()  # results of padded rows are finite or -inf, never NaN
-
-
-def busy(device: torch.device) -> Callable[[int], None]:
+def busy(device: torch.device) -> Iterator[None]:
     """Something for the rest of the GPU to do, on a stream of its own: matrix products and copies by turns."""
-    if device.type != "cuda":
-        return lambda turn: None
     stream = torch.cuda.Stream()
     square = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     block, copy = torch.randn(2**24, device=device), torch.empty(2**24, device=device)
+    while True:
+        for turn in range(3):
+            with torch.cuda.stream(stream):
+                square @ square if turn else copy.copy_(block)
+            yield
 
-    def load(turn: int) -> None:
-        with torch.cuda.stream(stream):
-            square @ square if turn % 3 else copy.copy_(block)
 
-    return load
+def count_changed(call: Results, expected: list[Tensor], count: int, load: Iterator[None]) -> int:
+    """The tensors that differ in a bit in `count` repeats, each beside a piece of the `load`."""
+    changed = torch.zeros((), dtype=torch.int64, device=expected[0].device)
+    for turn in range(count):
+        next(load)
+        for ours, theirs in zip(call(), expected, strict=True):
+            # Results of padded rows are finite or -inf, never NaN; the device is not waited for.
+            changed += (ours != theirs).any()
+        if turn % 100 == 99 and changed.is_cuda:
+            torch.cuda.synchronize()  # bounds the queue
+    return int(changed)
 
 
 def check_repeats(device: torch.device) -> list[str]:
@@ -132,28 +127,19 @@ def check_repeats(device: torch.device) -> list[str]:
     shows, it shows here.
     """
     on_gpu, failed = device.type == "cuda", list[str]()
-    count, load = REPEATS if on_gpu else 3, busy(device)
-    for heads, head_dim in SHAPES:
-        run = call_at(heads, head_dim, device)
+    count, load = (REPEATS, busy(device)) if on_gpu else (3, repeat(None))
+    for case in map(parse_case, HEADLINE):
+        batch, seq = (case.batch, case.seq) if on_gpu else (2, 40)
+        sizes = (batch, case.heads, seq, seq, case.head_dim)
+        inputs = testing.make_inputs(*sizes, dtype=torch.bfloat16, padding="right", device=device)
+        run = results_of(inputs, impl_on(device))
         expected = run()
-        forms = {"launched": run, **({"replayed": replayed(run)} if on_gpu else {})}
-        for form, call in forms.items():
-            changed, begin = torch.zeros((), dtype=torch.int64, device=device), time.monotonic()
-            for turn in range(count):
-                load(turn)
-                count_changed(changed, call(), expected)
-                if turn % 100 == 99 and on_gpu:
-                    torch.cuda.synchronize()  # bounds the queue
-            name = f"H{heads} D{head_dim} {form}"
-            if differing := int(changed):
+        for form, call in {"launched": run, **({"replayed": replayed(run)} if on_gpu else {})}.items():
+            begin, name = time.monotonic(), f"H{case.heads} D{case.head_dim} {form}"
+            if differing := count_changed(call, expected, count, load):
                 failed.append(f"{name}: {differing} tensors of {count} repeats differ")
-            say(
-                repeats=name,
-                count=count,
-                differing=int(changed),
-                seconds=time.monotonic() - begin,
-                failed=failed,
-            )
+            seconds = time.monotonic() - begin
+            say(repeats=name, count=count, differing=differing, seconds=seconds, failed=failed)
     return failed
 
 
@@ -163,8 +149,7 @@ def check_graph(device: torch.device) -> list[str]:
         16, 4, 400, 400, 64, dtype=torch.bfloat16, padding="right", seed=seed, device=device
     )
     inputs, failed = make(0), list[str]()
-    call = lambda *tensors, **options: attention(*tensors, impl="triton", **options)
-    run = lambda: [r for r in testing.run(call, inputs, skip_padded_queries=True) if r is not None]
+    run = results_of(inputs, "triton")
     replay, other = replayed(run), torch.cuda.Stream()
     for seed in range(1, 31):
         fresh = make(seed)
@@ -182,34 +167,20 @@ def check_graph(device: torch.device) -> list[str]:
 
 
 CHECKS = {
-    "agreement": check_agreement,
-    "repeats": check_repeats,
-    "graph": check_graph,
-    "touch": touch,
-    "headline": launch_headline,
-}
+    "agreement": check_agreement, "repeats": check_repeats, "graph": check_graph,
+    "touch": touch, "headline": launch_headline,
+}  # fmt: skip
 
 
-def main() -> int:
-    die_with_parent()  # which may be compute-sanitizer
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("name", choices=CHECKS)
-    options.add_argument(
-        REHEARSE, action="store_true", help="without a GPU: the reference in the kernel's place"
-    )
-    given, device = options.parse_args(), pick_device()
-    check = CHECKS[given.name]
-    if device.type != "cuda" and not given.rehearse:
+def main(name: str, *flags: str) -> int:
+    device = pick_device()
+    if device.type != "cuda" and REHEARSE not in flags:
         print("this process finds no CUDA GPU")
         return 1
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
     with own_stream(device):
-        failed = check(device)
+        failed = CHECKS[name](device)
     for line in failed:
         print(line)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """What binds the headline's kernels: each launched once under Nsight Compute, its counters kept in counters.json.
 
-`python -m padfree_bench.gpu_round.counters FOLDER` also leaves every counter, and the samples of every instruction, as
-CSV in FOLDER/logs. Caches are flushed before each of a kernel's replays; clocks are left as they are.
+Every counter, and the samples of every instruction, are left as CSV in the folder's logs/. Caches are flushed before
+each of a kernel's replays; clocks are left as they are.
 """
 
 import csv
@@ -9,12 +9,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from padfree_bench.gpu_round.steps import CHECKS, worker
+from padfree_bench.gpu_round.steps import worker
 from padfree_bench.measuring.processes import die_with_parent
 from padfree_bench.measuring.results import write_whole
 
@@ -33,8 +32,8 @@ KEPT = re.compile(
 
 def find_ncu() -> str | None:
     """Nsight Compute's command, from PATH or where its packages put it."""
-    places = ("/opt/nvidia/nsight-compute/*/ncu", "/usr/local/cuda*/bin/ncu")
-    others = (str(path) for place in places for path in sorted(Path("/").glob(place[1:]), reverse=True))
+    places = ("opt/nvidia/nsight-compute/*/ncu", "usr/local/cuda*/bin/ncu")
+    others = (str(path) for place in places for path in sorted(Path("/").glob(place), reverse=True))
     return shutil.which("ncu") or next(others, None)
 
 
@@ -48,44 +47,33 @@ def number(text: str) -> float | str:
 
 def read_counters(text: str) -> list[dict[str, Any]]:
     """Of ncu's raw page as CSV (a row of names, one of units, one a kernel) the counters worth keeping, in base units."""
-    lines = [line for line in text.splitlines() if line.startswith('"')]
-    names, units, *kernels = csv.reader(lines)
-    name_at = names.index("Kernel Name")
-    return [
-        {"kernel": values[name_at]}
-        | {
-            f"{name} [{unit}]" if unit else name: number(value)
-            for name, unit, value in zip(names, units, values, strict=True)
-            if KEPT.fullmatch(name) and value
-        }
-        for values in kernels
-    ]
+    names, units, *kernels = csv.reader(line for line in text.splitlines() if line.startswith('"'))
+    keys = [f"{name} [{unit}]" if unit else name for name, unit in zip(names, units, strict=True)]
+    found = []
+    for values in kernels:
+        kept = zip(names, keys, values, strict=True)
+        counters = {key: number(value) for name, key, value in kept if KEPT.fullmatch(name) and value}
+        found.append({"kernel": values[names.index("Kernel Name")], **counters})
+    return found
 
 
-def main() -> int:
-    folder = Path(sys.argv[1])
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    ncu = find_ncu()
+def main(folder: str) -> int:
+    ncu, logs = find_ncu(), Path(folder) / "logs"
     if ncu is None:
         print("Nsight Compute's ncu is not installed")
         return 1
+    logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        report = str(Path(scratch) / "headline.ncu-rep")
+        report = f"{scratch}/headline.ncu-rep"
         line = [ncu, "--set", "full", "--clock-control", "none", "--kernel-name", KERNELS, "-f", "-o", report]
-        subprocess.run([*line, *worker(CHECKS, "headline")], check=True, preexec_fn=die_with_parent)
+        subprocess.run([*line, *worker("checks", "headline")], check=True, preexec_fn=die_with_parent)
         read = [ncu, "--import", report, "--csv", "--print-units", "base", "--page"]
-        for page, *options in (("raw",), ("source", "--print-source", "sass")):
-            said = subprocess.run(
-                [*read, page, *options], capture_output=True, text=True, check=page == "raw"
-            )
-            (folder / "logs" / f"counters-{page}.csv").write_text(said.stdout)
-            if page == "raw":
-                found = read_counters(said.stdout)
-                write_whole(folder / "counters.json", json.dumps(found, indent=1) + "\n")
-                print(json.dumps({"kernels": len(found)}), flush=True)
+        raw = subprocess.run([*read, "raw"], capture_output=True, text=True, check=True).stdout
+        (logs / "counters-raw.csv").write_text(raw)
+        counters = read_counters(raw)
+        write_whole(Path(folder) / "counters.json", json.dumps(counters, indent=1) + "\n")
+        print(json.dumps({"kernels": len(counters)}), flush=True)
+        line = [*read, "source", "--print-source", "sass"]
+        source = subprocess.run(line, capture_output=True, text=True, check=False)
+        (logs / "counters-source.csv").write_text(source.stdout)
     return 0
-
-
-if __name__ == "__main__":
-    die_with_parent()
-    sys.exit(main())

@@ -2,18 +2,21 @@
 
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from padfree_bench.measuring.results import RESULTS
+from padfree_bench.measuring.processes import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[3]
-CHECKS = "padfree_bench.gpu_round.checks"
-COUNTERS = "padfree_bench.gpu_round.counters"
-REHEARSE = "--rehearse"
+REHEARSE, PREPARE = "--rehearse", "--prepare"
 CARRY = ROOT / ".carry"
+BENCH = (sys.executable, "-m", "bench")
+# Names the file of the tune's rows that a step's process is to take.
+TUNED_ROWS = "PADFREE_TUNED_ROWS"
 PART_SECONDS = {"smoke": 240, "main": 510}
 # What the driver itself may take, beside its steps: to ask what machine this is, and to write files.
 VERSIONS_SECONDS, OVERHEAD_SECONDS = 12, 15
@@ -26,17 +29,15 @@ OTHER_HEADS = ("B64-H16-D128-S400-imdb-bf16", "B64-H8-D16-S400-imdb-bf16", "B64-
 PRECISION = tuple(case.replace("bf16", dtype) for dtype in ("fp16", "fp32") for case in HEADLINE)
 LONG = ("B16-H12-D64-S4096-scaled-bf16", "B4-H12-D64-S16384-scaled-bf16")
 MEMORY = ("B128-H12-D64-S512-scaled-bf16", "B16-H12-D64-S4096-scaled-bf16")
-FIRST_PEERS = (
-    "padfree,padfree-skip,padfree-varlen,sdpa,sdpa-efficient,sdpa-cudnn,varlen_attn,varlen_attn+pack"
-)
-OUR_PEERS = (
-    "padfree",
-    "padfree-skip",
-    "padfree-varlen",
-    "padfree-varlen+pack",
-    "padfree-qkv",
-    "padfree-nomask",
-)
+TABLE, MORE = (*HEADLINE, *CONTROL, *OTHER_HEADS), (*PRECISION, *LONG)
+OUR_FIRST_PEERS = ("padfree", "padfree-skip", "padfree-varlen")
+OUR_PEERS = (*OUR_FIRST_PEERS, "padfree-varlen+pack", "padfree-qkv", "padfree-nomask")
+FIRST_PEERS = (*OUR_FIRST_PEERS, "sdpa", "sdpa-efficient", "sdpa-cudnn", "varlen_attn", "varlen_attn+pack")
+BOTH = ("forward", "both")
+
+
+class WrongArgument(Exception):
+    """The command line asks for what cannot be; the text says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ class Round:
     def suites(self) -> Path:
         """Where suites write: a rehearsal's quick figures stay apart."""
         return self.folder if self.on_gpu else self.folder.with_name(f"{self.folder.name}-quick")
+
+    def worker(self, *arguments: str) -> tuple[str, ...]:
+        """A module of this folder as a process of its own, which without a GPU is told that it is rehearsed."""
+        return (*worker(*arguments), *(() if self.on_gpu else (REHEARSE,)))
+
+    def suite(self, name: str, label: str, **options: Sequence[str]) -> tuple[str, ...]:
+        """A suite that starts no case once its time is nearly up; without a GPU its quick form."""
+        line = f"{name} --label {label} --minutes {{minutes}} --no-pictures --output".split()
+        chosen = [word for option, names in options.items() for word in (f"--{option}", ",".join(names))]
+        return (*BENCH, *line, str(self.output), *(chosen if self.on_gpu else ["--quick"]))
 
 
 @dataclass(frozen=True)
@@ -77,24 +88,16 @@ class Step:
         return [part.replace("{minutes}", minutes) for part in self.command]
 
 
-def bench(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "bench", *arguments)
-
-
 def worker(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", *arguments)
+    return (sys.executable, "-m", "padfree_bench.gpu_round", *arguments)
 
 
-def suite(around: Round, name: str, label: str, *arguments: str) -> tuple[str, ...]:
-    """A suite that starts no case once its time is nearly up; without a GPU its quick form."""
-    line = [name, "--label", label, "--minutes", "{minutes}", "--no-pictures", "--output", str(around.output)]
-    return bench(*line, *(arguments if around.on_gpu else ("--quick",)))
-
-
-def attention(around: Round, label: str, shapes: tuple[str, ...], *more: str) -> tuple[str, ...]:
-    return suite(
-        around, "attention", label, "--shapes", ",".join(shapes), "--directions", "forward,both", *more
-    )
+def imdb_train(output: Path, *more: str) -> list[str]:
+    """The notebook's training on the reviews that came along."""
+    carried = {"--dataset": "reviews", "--tokenizer": "tokenizer", "--cache-dir": "tokens"}
+    paths = [word for option, name in carried.items() for word in (option, str(CARRY / name))]
+    module = "imdb_classifier.commands.train"
+    return [sys.executable, "-m", module, *paths, "--output-dir", str(output), "--preset", "notebook", *more]
 
 
 def sanitized(tool: str) -> tuple[str, ...]:
@@ -102,77 +105,65 @@ def sanitized(tool: str) -> tuple[str, ...]:
     toolkits = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
     program = shutil.which("compute-sanitizer") or str(next(iter(toolkits), "compute-sanitizer"))
     ours = ("--kernel-name", "regex=attention_forward|gradient_kernel|single_query")
-    return (program, "--tool", tool, "--error-exitcode", "9", *ours, *worker(CHECKS, "touch"))
+    return (program, "--tool", tool, "--error-exitcode", "9", *ours, *worker("checks", "touch"))
 
 
 def smoke(around: Round) -> list[Step]:
     """Is it right, does it repeat, and the first figures."""
+    check = lambda name: around.worker("checks", name)
     return [
-        Step("warm", "kernels compiled side by side into one cache", 60, warm("smoke", around)),
-        Step("agreement", "every row, feature and pattern of padding against fp64 on this device", 50, check("agreement", around)),
-        Step("repeats", "thousands of bitwise equal results under load, launched and replayed", 30, check("repeats", around)),
-        Step("graph", "a graph replayed on new inputs while another stream allocates", 12, check("graph", around), True),
+        Step("warm", "kernels compiled side by side into one cache", 60, around.worker("warm", "smoke")),
+        Step("agreement", "every row, feature and pattern of padding against fp64 on this device", 50, check("agreement")),
+        Step("repeats", "thousands of bitwise equal results under load, launched and replayed", 30, check("repeats")),
+        Step("graph", "a graph replayed on new inputs while another stream allocates", 12, check("graph"), needs_gpu=True),
         Step("headline", "the two headline cases, first figures", 60,
-             attention(around, "smoke", HEADLINE, "--peers", FIRST_PEERS), result="attention-smoke"),
+             around.suite("attention", "smoke", shapes=HEADLINE, directions=BOTH, peers=FIRST_PEERS), result="attention-smoke"),
     ]  # fmt: skip
 
 
 def main(around: Round) -> list[Step]:
     """Tune the rows that the headline uses, then all tables."""
-    tuned = {"PADFREE_TUNED_ROWS": str(around.folder / "tune.json")}
-    table, more = (*HEADLINE, *CONTROL, *OTHER_HEADS), (*PRECISION, *LONG)
-    no_caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    reviews = CARRY / "reviews"
+    tuned = {TUNED_ROWS: str(around.folder / "tune.json")}
+    no_caching, reviews = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, CARRY / "reviews"
     return [
-        Step("warm", "kernels compiled side by side into one cache", 50, warm("main", around)),
+        Step("warm", "kernels compiled side by side into one cache", 50, around.worker("warm", "main")),
         Step("tune", "the headline's rows of the table against a dozen others", 50,
-             bench("tune", "--minutes", "0.75", "--output", str(around.output))),
-        Step("warm-tuned", "the headline's other kernels with the tuned rows", 20, warm("tuned", around), False, tuned),
+             (*BENCH, "tune", "--minutes", "0.75", "--output", str(around.output))),
+        Step("warm-tuned", "the headline's other kernels with the tuned rows", 20, around.worker("warm", "tuned"), environment=tuned),
         Step("table", "attention: headline, no padding, other heads; every peer", 100,
-             attention(around, "table", table), False, tuned, result="attention-table",
-             grace=LONG_GRACE_SECONDS),
+             around.suite("attention", "table", shapes=TABLE, directions=BOTH),
+             environment=tuned, result="attention-table", grace=LONG_GRACE_SECONDS),
         Step("counters", "Nsight Compute on each kernel of the headline: what binds it", 30,
-             worker(COUNTERS, str(around.folder)), True),
+             worker("counters", str(around.folder)), needs_gpu=True),
         Step("train-step", "a training step: the notebook's loop against ours", 60,
-             suite(around, "train", "round", "--dtypes", "bf16"), False, tuned, result="train-round"),
-        Step("epoch-padfree", f"imdb-train on reviews, {'fused' if around.on_gpu else 'SDPA in its place'}, the second of two epochs", 30, epochs("padfree", around), needs_folder=reviews),
-        Step("epoch-sdpa", "imdb-train on the same reviews, SDPA, which plans anew for every width", 40, epochs("sdpa", around), needs_folder=reviews),
+             around.suite("train", "round", dtypes=["bf16"]), environment=tuned, result="train-round"),
+        Step("epoch-padfree", f"imdb-train on reviews, {'fused' if around.on_gpu else 'SDPA in its place'}, the second of two epochs", 30,
+             around.worker("epochs", "padfree"), needs_folder=reviews),
+        Step("epoch-sdpa", "imdb-train on the same reviews, SDPA, which plans anew for every width", 40,
+             around.worker("epochs", "sdpa"), needs_folder=reviews),
         Step("memory", "what a call holds at its peak", 20,
-             suite(around, "memory", "round", "--shapes", ",".join(MEMORY), "--peers", FIRST_PEERS), result="memory-round"),
-        Step("memcheck", "compute-sanitizer memcheck, each kernel once", 20, sanitized("memcheck"), True, no_caching),
-        Step("racecheck", "compute-sanitizer racecheck, each kernel once", 20, sanitized("racecheck"), True, no_caching),
+             around.suite("memory", "round", shapes=MEMORY, peers=FIRST_PEERS), result="memory-round"),
+        Step("memcheck", "compute-sanitizer memcheck, each kernel once", 20, sanitized("memcheck"),
+             needs_gpu=True, environment=no_caching),
+        Step("racecheck", "compute-sanitizer racecheck, each kernel once", 20, sanitized("racecheck"),
+             needs_gpu=True, environment=no_caching),
         Step("more", "attention: fp16, fp32, long sequences", 40,
-             attention(around, "more", more, "--peers", FIRST_PEERS), result="attention-more", grace=LONG_GRACE_SECONDS),
+             around.suite("attention", "more", shapes=MORE, directions=BOTH, peers=FIRST_PEERS),
+             result="attention-more", grace=LONG_GRACE_SECONDS),
     ]  # fmt: skip
-
-
-def our_environment() -> dict[str, str]:
-    """This process's, with our own folders before what else Python finds, and never an interpreter."""
-    folders = [str(ROOT / folder) for folder in ("kernels", "model", "bench")]
-    paths = [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def check(name: str, around: Round) -> tuple[str, ...]:
-    return worker(CHECKS, name, *rehearsed(around))
-
-
-def warm(what: str, around: Round) -> tuple[str, ...]:
-    return worker("padfree_bench.gpu_round.warm", what, *rehearsed(around))
-
-
-def epochs(how: str, around: Round) -> tuple[str, ...]:
-    return worker("padfree_bench.gpu_round.epochs", how, *rehearsed(around))
-
-
-def rehearsed(around: Round) -> tuple[str, ...]:
-    return () if around.on_gpu else (REHEARSE,)
 
 
 PARTS: dict[str, Callable[[Round], list[Step]]] = {"smoke": smoke, "main": main}
 
 
-def round_on_a_cpu() -> Round:
-    """A round that is only looked at: for counting limits and kernels."""
-    return Round(RESULTS, RESULTS / "cpu", CARRY, on_gpu=False)
+def our_environment() -> dict[str, str]:
+    """This process's, with our own folders before what else Python finds, and never an interpreter."""
+    paths = [*(str(ROOT / folder) for folder in ("kernels", "model", "bench")), os.environ.get("PYTHONPATH")]
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any) -> Any:
+    """`subprocess.run` in the tree's root with our environment; what it starts is killed when this process ends."""
+    options |= {"env": {**our_environment(), **(environment or {})}, "preexec_fn": die_with_parent}
+    return subprocess.run(command, cwd=ROOT, text=True, check=False, **options)

@@ -1,5 +1,6 @@
 """Processes that end: a time limit that reaches everything a command started, and a pool for what is slow to compile."""
 
+import argparse
 import contextlib
 import ctypes
 import multiprocessing
@@ -48,6 +49,14 @@ def run_limited(command: Sequence[str], seconds: float, **options: Any) -> int |
 def stop_on_sigterm() -> None:
     """Leave by an exception when told to stop, so that `run_limited` takes its command along."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def positive_minutes(text: str) -> float:
+    """A time budget; nan and less than nothing are refused."""
+    minutes = float(text)
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"minutes must be more than 0, got {text}")
+    return minutes
 
 
 def _start_worker() -> None:

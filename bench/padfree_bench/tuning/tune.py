@@ -20,13 +20,12 @@ from torch import Tensor
 
 from padfree._triton import configs
 from padfree._triton.configs import Config, Row
-from padfree_bench.cli import positive_minutes
 from padfree_bench.compiled.aot import why_not_compile
 from padfree_bench.measuring import machine
 from padfree_bench.measuring.cases import Case, parse_case
 from padfree_bench.measuring.check import Truth, compute_truth, relative_error
 from padfree_bench.measuring.inputs import make_inputs
-from padfree_bench.measuring.processes import stop_on_sigterm
+from padfree_bench.measuring.processes import positive_minutes, stop_on_sigterm
 from padfree_bench.measuring.results import RESULTS, DeviceLost, keep_earlier
 from padfree_bench.measuring.timing import Call, Effort, capture_graph, measure, own_stream
 from padfree_bench.tuning.tune_candidates import (
@@ -76,15 +75,15 @@ def offers(asked: list[Question], path: Path = CANDIDATES) -> dict[Question, lis
         found = [row for row in rows if (row["pass"], row["case"]) == (question.passname, question.case.id)]
         if not found:
             raise ValueError(f"{path} has none for {question}: python -m bench tune --screen --cases ...")
-        found.sort(key=lambda row: row["config"] != question.row.config)
-        current = [] if found[0]["config"] == question.row.config else [{"config": question.row.config}]
-        offered[question] = [*current, *found]
+        now = question.row.config
+        current = [row for row in found if row["config"] == now] or [{"config": now}]
+        offered[question] = [*current, *(row for row in found if row["config"] != now)]
     return offered
 
 
-def warm_items(cases: str = HEADLINE, passes: str = ",".join(PASSES), path: Path = CANDIDATES) -> list[Item]:
-    """What `compile_item` takes, in any process and without a GPU, so that a run here compiles nothing."""
-    offered = offers(questions(cases, passes), path)
+def warm_items() -> list[Item]:
+    """What `compile_item` takes, in any process and without a GPU, so that a run on the headline compiles nothing."""
+    offered = offers(questions(HEADLINE, ",".join(PASSES)))
     return [question.item(row["config"]) for question, rows in offered.items() for row in rows]
 
 
@@ -172,7 +171,7 @@ def apply_rows(path: Path) -> list[Found]:
             configs.TABLE[a["pass"], a["kind"], a["head_dim"]].insert(0, row)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read tuned rows from {path}: {error}") from None
-    configs._choose.cache_clear()
+    configs.row_for.cache_clear()
     return accepted
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,7 @@ class Question:
     @property
     def row(self) -> Row:
         """The row that the table has for it today."""
-        rows = configs.TABLE[self.key]
-        return next(r for r in rows if self.case.seq <= r.max_length and (not r.arch or ARCH in r.arch))
+        return configs.row_for(self.passname, torch.bfloat16, self.case.head_dim, self.case.seq, ARCH)
 
     def item(self, config: Config) -> "Item":
         return self.passname, self.case.id, config
@@ -115,18 +114,19 @@ class Work:
         return {"d_key": dk, "d_value": dv}
 
 
-def shapes_of(case: Case) -> Inputs:
-    """What `make_inputs` returns, on the meta device: shapes, strides and dtypes without numbers."""
+def blank_inputs(case: Case, device: torch.device) -> Inputs:
+    """What `make_inputs` returns without its numbers: shapes, strides, dtypes, and which rows are padding."""
+    lengths = torch.as_tensor(case.sequence_lengths(), device=device)
+    padding = torch.arange(case.seq, device=device) >= lengths[:, None]
     shape = (case.batch, case.seq, case.heads, case.head_dim)
-    padding = torch.empty(shape[:2], dtype=torch.bool, device="meta")
-    query, key, value, d_out = padding.new_empty((4, *shape), dtype=DTYPES[case.dtype]).transpose(2, 3)
-    return Inputs(case, query, key, value, d_out, padding, padding.new_empty(case.batch, dtype=torch.int64))
+    blank = lambda: padding.new_empty(shape, dtype=DTYPES[case.dtype]).transpose(1, 2)
+    return Inputs(case, blank(), blank(), blank(), blank(), padding, lengths)
 
 
 def compile_candidate(passname: str, case: Case, config: Config) -> Compiled:
     """Compile exactly what a GPU run of `tune` launches, into Triton's cache on disk; no GPU is touched."""
     with compile_only(ARCH, ()):
-        work = Work(shapes_of(case))
+        work = Work(blank_inputs(case, torch.device("meta")))
     with compile_only(ARCH, KERNELS[passname]) as compiled:
         work.launch(passname, config)
     return compiled[0]
@@ -141,10 +141,9 @@ def compile_item(item: Sequence[Any]) -> Found:
 
 def examine(item: Item) -> Found:
     """Compile a candidate and read it: registers, shared bytes, predicted µs, and why no GPU should time it."""
-    case = parse_case(item[1])
-    compiled = compile_candidate(item[0], case, item[2])
-    usage, shared = compiled.resources, compiled.shared_bytes
-    costs = costs_of(compiled)
+    passname, case = item[0], parse_case(item[1])
+    compiled = compile_candidate(passname, case, item[2])
+    usage, shared, costs = compiled.resources, compiled.shared_bytes, costs_of(compiled)
     faults = {
         f"{usage['stack']} bytes on the stack": usage["stack"],
         f"{usage['spills']} bytes spilled": usage["spills"],
@@ -152,13 +151,14 @@ def examine(item: Item) -> Found:
         f"wgmma serialized ({compiled.serialized})": compiled.serialized,
         "the cost model finds no score loop": costs is None,
     }
-    found: Found = {"registers": usage["registers"], "shared": shared}
-    found["ctas"] = occupancy(ARCH, usage["registers"], compiled.num_warps, shared)
+    ctas = occupancy(ARCH, usage["registers"], compiled.num_warps, shared)
+    found: Found = {"registers": usage["registers"], "shared": shared, "ctas": ctas}
     if costs is not None:
         sizes = (case.sequence_lengths(), case.heads, case.head_dim, case.seq, DTYPES[case.dtype].itemsize)
         found["predicted_us"] = round(predict(compiled.name, costs, ARCH, *sizes).compute, 2)
-    refused = ", ".join(name for name, fault in faults.items() if fault)
-    return found | ({"refused": refused} if refused else {})
+    if refused := ", ".join(name for name, fault in faults.items() if fault):
+        found["refused"] = refused
+    return found
 
 
 class Child:
@@ -202,12 +202,9 @@ def first_line(error: Exception) -> str:
 
 
 def in_children(
-    function: Callable[[Item], Found],
-    items: list[Item],
-    jobs: int,
-    seconds: int = COMPILE_SECONDS,
+    function: Callable[[Item], Found], items: list[Item], jobs: int, seconds: int = COMPILE_SECONDS,
     until: float = float("inf"),
-) -> Iterator[tuple[Item, Found]]:
+) -> Iterator[tuple[Item, Found]]:  # fmt: skip
     """function(item) of every item, `jobs` at a time, in a process each; as they end, and none that ends after `until`."""
     # What a first compilation costs beside compiling is paid once here, and children inherit it.
     triton_key()
@@ -235,15 +232,13 @@ def shortlist(current: Config, found: list[Found]) -> list[Found]:
     others = [row for row in found if row is not now and "refused" not in row]
     for row in sorted(others, key=lambda row: STAGES.index(row["config"].num_stages)):
         groups.setdefault(row["config"]._replace(num_stages=0), []).append(row)
-    floors = {group: min(row["predicted_us"] for row in rows) for group, rows in groups.items()}
-    ranked = sorted(groups, key=lambda group: floors[group])
-    turns: list[tuple[int, int, Found]] = []
-    for rank, group in enumerate(ranked, 1):
-        if floors[group] <= SLOWEST * floors[ranked[0]]:
-            for turn, row in enumerate(groups[group], 1):
-                row["reason"] = f"tile and warps ranked {rank} of {len(ranked)}, depth tried as number {turn}"
-                turns.append((turn, rank, row))
-    return [now, *(row for _, _, row in sorted(turns, key=lambda entry: entry[:2])[: MOST - 1])]
+    fastest = lambda rows: min(row["predicted_us"] for row in rows)
+    ranked = sorted(groups.values(), key=fastest)
+    near = [rows for rows in ranked if fastest(rows) <= SLOWEST * fastest(ranked[0])]
+    for rank, rows in enumerate(near, 1):
+        for turn, row in enumerate(rows, 1):
+            row["reason"] = f"tile and warps ranked {rank} of {len(ranked)}, depth tried as number {turn}"
+    return [now, *filter(None, chain.from_iterable(zip_longest(*near)))][:MOST]
 
 
 def screen(asked: list[Question], path: Path, jobs: int) -> None:
