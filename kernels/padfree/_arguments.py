@@ -68,4 +68,10 @@ def computed_dtype(tensor: Tensor) -> torch.dtype:
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The arguments of a call, each tensor in the dtype in which it is computed."""
-    return tuple(x.to(computed_dtype(x)) if isinstance(x, Tensor) else x for x in tensors)
+    return tuple(_cast(x) if isinstance(x, Tensor) else x for x in tensors)
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    dtype = computed_dtype(tensor)
+    # Asking `to` for the dtype that is there already would cost every call some host time.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
