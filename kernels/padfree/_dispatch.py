@@ -1,5 +1,6 @@
 """Who computes a call: the Triton kernel where it can run, plain PyTorch where it cannot, and the reason in words."""
 
+import math
 import os
 from functools import cache
 from importlib.metadata import version
@@ -8,13 +9,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from padfree._arguments import Arguments, computed_dtype
 from padfree._checks import KERNEL_DTYPES
-from padfree.reference import computed_dtype
+from padfree._sdpa import attend_without_kernel
 
 Impl = Literal["auto", "triton", "reference"]
 IMPLS = ("auto", "triton", "reference")
 # What Triton's interpreter computes right on a CPU; of bf16 it takes the bits for a number.
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
+LN2 = math.log(2)
+
+
+def compute(call: Arguments, impl: str) -> tuple[Tensor, Tensor | None]:
+    """out [B, H, M, D], and the LSE [B, H, M] where the options ask for it."""
+    if choose_impl(impl, call.query) == "reference":
+        return attend_without_kernel(call, impl)
+    from padfree._triton import operators
+
+    dropout_p, scale, window, skip_padded_queries, return_lse = call.options
+    options = operators.Options.of(call.query, scale, dropout_p, window, skip_padded_queries)
+    out, lse2 = operators.run(*call[:5], options, call.packing)
+    return out, lse2 * LN2 if return_lse else None
 
 
 def choose_impl(impl: str, query: Tensor) -> str:
@@ -29,15 +44,13 @@ def choose_impl(impl: str, query: Tensor) -> str:
 
 
 def why_not(query: Tensor) -> str | None:
-    """Why the kernel could not compute attention for this query, or None where it can. No launch."""
+    """Why the kernel could not compute attention for this query, or None where it can. Nothing is launched."""
     dtype = computed_dtype(query)
     if dtype not in KERNEL_DTYPES:
         return f"the kernel computes fp32, fp16 and bf16, query is {dtype}"
     reason = why_not_device(query.device)
-    interpreted = query.device.type == "cpu" and (
-        reason is not None or os.environ.get("TRITON_INTERPRET") == "1"
-    )
-    if interpreted and dtype not in INTERPRETED_DTYPES:
+    interpreted = reason is not None or os.environ.get("TRITON_INTERPRET") == "1"
+    if query.device.type == "cpu" and interpreted and dtype not in INTERPRETED_DTYPES:
         return (
             "no GPU, and Triton's interpreter gets bf16 wrong: it multiplies bit patterns; use fp32 or fp16"
         )

@@ -1,15 +1,11 @@
-"""The entry point for packed sequences and for one fused QKV buffer."""
-
-from functools import partial
-from typing import Any
+"""The entry points for packed sequences and for one fused QKV buffer."""
 
 from torch import Tensor
 
 from padfree import _checks
-from padfree._checks import Window
-from padfree._dispatch import Impl, choose_impl
-from padfree.api import LN2, attention
-from padfree.reference import sequence_by_sequence, under_autocast
+from padfree._arguments import Arguments, Options, Packing, Window, padding_rows, split_qkv, under_autocast
+from padfree._dispatch import LN2, Impl, choose_impl, compute
+from padfree._sdpa import attend_without_kernel
 
 
 def attention_varlen(
@@ -32,8 +28,8 @@ def attention_varlen(
     Args:
         query: [T_q, H, D]; sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Any strides.
         key, value: [T_k, H_kv, D], likewise by cu_seqlens_k.
-        cu_seqlens_q, cu_seqlens_k: [B + 1] int32, non-decreasing, from 0. Their values are not read on the
-            host, so a wrong value cannot be reported.
+        cu_seqlens_q, cu_seqlens_k: [B + 1] int32, non-decreasing, from 0. Their values are not read on the host, so a
+            wrong value cannot be reported.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths; what lies beyond them in a sequence takes no part, and
             the kernel leaves its rows 0, with zero gradient.
         dropout_p, scale, window, return_lse, impl: as in `attention`.
@@ -45,25 +41,13 @@ def attention_varlen(
         TypeError, ValueError, RuntimeError: as `attention`.
     """
     query, key, value = under_autocast(query, key, value)
-    _checks.check_varlen(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, scale, window
-    )
-    _checks.check_flag("return_lse", return_lse)
-    if choose_impl(impl, query) == "reference":
-        attend = partial(
-            attention, dropout_p=dropout_p, scale=scale, window=window, return_lse=return_lse, impl=impl
-        )
-        return sequence_by_sequence(
-            attend, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        )
-    from padfree._triton.operators import Options, Packing, run
-
-    options = Options.of(query, scale, dropout_p, window, False)
+    options = Options(dropout_p, scale, window, return_lse=return_lse)
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _checks.check_varlen(query, key, value, packing, options)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    out, lse2 = run(query, key, value, None, None, options, packing)
+    out, lse = compute(Arguments(query, key, value, None, None, options, packing), impl)
     out = out[0].transpose(0, 1)
-    return (out, lse2[0] * LN2) if return_lse else out
+    return out if lse is None else (out, lse[0])
 
 
 def attention_qkvpacked(
@@ -82,8 +66,8 @@ def attention_qkvpacked(
     """Self-attention on one buffer that holds query, key and value; its gradient is one buffer alike.
 
     Args:
-        qkv: [B, S, 3, H, D] with an optional `key_padding_mask`, or packed [T, 3, H, D] with `cu_seqlens`
-            [B + 1] int32 and `max_seqlen`. Any strides.
+        qkv: [B, S, 3, H, D] with an optional `key_padding_mask`, or packed [T, 3, H, D] with `cu_seqlens` [B + 1] int32
+            and `max_seqlen`. Any strides.
         key_padding_mask, dropout_p, scale, window, skip_padded_queries, return_lse, impl: as in `attention`.
 
     Returns:
@@ -93,30 +77,22 @@ def attention_qkvpacked(
         TypeError, ValueError, RuntimeError: as `attention`.
     """
     (qkv,) = under_autocast(qkv)
-    _checks.check_qkvpacked(
-        qkv, key_padding_mask, cu_seqlens, max_seqlen, dropout_p, scale, window, skip_padded_queries
-    )
-    _checks.check_flag("return_lse", return_lse)
-    if choose_impl(impl, qkv) == "reference":
-        shared: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "window": window, "impl": impl}
-        if cu_seqlens is not None and max_seqlen is not None:
-            q, k, v = qkv.unbind(1)
-            return attention_varlen(
-                q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, return_lse=return_lse, **shared
-            )
-        shared["skip_padded_queries"] = skip_padded_queries
-        result = attention(*_checks.split_qkv(qkv), key_padding_mask, return_lse=return_lse, **shared)
-        if isinstance(result, tuple):
-            return result[0].transpose(1, 2), result[1]
-        return result.transpose(1, 2)
-    from padfree._triton.operators import Options, Packing, run_qkvpacked
-
-    options = Options.of(qkv, scale, dropout_p, window, skip_padded_queries)
-    packing = None
+    options = Options(dropout_p, scale, window, skip_padded_queries, return_lse)
+    _checks.check_qkvpacked(qkv, key_padding_mask, cu_seqlens, max_seqlen, options)
+    padding, packing = padding_rows(key_padding_mask), None
     if cu_seqlens is not None and max_seqlen is not None:
         packing = Packing(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    out, lse2 = run_qkvpacked(qkv, _checks.padding_rows(key_padding_mask), options, packing)
+    lse: Tensor | None
+    if choose_impl(impl, qkv) == "reference":
+        call = Arguments(*split_qkv(qkv), padding, None, options, packing)
+        out, lse = attend_without_kernel(call, impl)
+    else:
+        from padfree._triton import operators
+
+        kernel_options = operators.Options.of(qkv, scale, dropout_p, window, skip_padded_queries)
+        out, lse2 = operators.run_qkvpacked(qkv, padding, kernel_options, packing)
+        lse = lse2 * LN2 if return_lse else None
     out = out.transpose(1, 2)
     if packing is not None:
-        out, lse2 = out[0], lse2[0]
-    return (out, lse2 * LN2) if return_lse else out
+        out, lse = out[0], None if lse is None else lse[0]
+    return out if lse is None else (out, lse)

@@ -7,34 +7,21 @@ last place of the largest true value, for the maximum and for the mean over all 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from padfree._checks import Window
+from padfree._arguments import Window
 from padfree._triton.tile_count import TileCount, visited_tiles
 from padfree.reference import reference
 
 __all__ = [
-    "BACKWARD_FACTOR",
-    "FORWARD_FACTOR",
-    "PADDING_PATTERNS",
-    "Errors",
-    "Inputs",
-    "Results",
-    "TileCount",
-    "assert_matches_reference",
-    "assert_within_reference_error",
-    "eager_attention",
-    "make_inputs",
-    "padding_mask",
-    "run",
-    "unit_in_last_place",
-    "visible_pairs",
-    "visited_tiles",
-]
+    "BACKWARD_FACTOR", "FORWARD_FACTOR", "PADDING_PATTERNS", "Errors", "Inputs", "Results", "TileCount",
+    "assert_matches_reference", "assert_within_reference_error", "eager_attention", "make_inputs", "padding_mask",
+    "run", "unit_in_last_place", "visible_pairs", "visited_tiles",
+]  # fmt: skip
 
 FORWARD_FACTOR = 1.5
 BACKWARD_FACTOR = 2.0
@@ -58,11 +45,8 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """The same call with every floating point tensor in `dtype`."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self,
-            **{name: t.to(dtype) for name, t in tensors.items() if t is not None and t.is_floating_point()},
-        )
+        given = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **{name: x.to(dtype) for name, x in given.items() if x.is_floating_point()})
 
 
 class Results(NamedTuple):
@@ -131,32 +115,26 @@ def padding_mask(pattern: str, batch: int, keys: int, *, generator: torch.Genera
     if pattern == "none":
         return None
     with torch.device(generator.device):
-        return _padding_mask(pattern, batch, keys, generator)
-
-
-def _padding_mask(pattern: str, batch: int, keys: int, generator: torch.Generator) -> Tensor:
-    n = torch.arange(keys)
-    lengths = (
-        torch.randint(1, keys + 1, (batch, 1), generator=generator) if keys else torch.zeros(batch, 1).long()
-    )
-    mask = n >= lengths
-    if pattern == "left":
-        mask = mask.flip(1)
-    elif pattern == "both_sides":
-        mask = (n >= lengths) | (n < lengths // 3)
-    elif pattern == "holes":
-        mask = torch.rand(batch, keys, generator=generator) < 0.5
-    elif pattern == "alternate":
-        mask = ((n + torch.arange(batch)[:, None]) % 2).bool()
-    elif pattern == "first_tile":
-        mask = (n < (keys + 1) // 2).expand(batch, keys).clone()
-    elif pattern == "one_key":
-        mask[0] = n != int(torch.randint(keys, (), generator=generator))
-    elif pattern == "zero_keys":
-        mask[0] = True
-    elif pattern == "all":
-        mask = torch.ones(batch, keys, dtype=torch.bool)
-    return mask
+        n = torch.arange(keys)
+        lengths = torch.randint(1, max(keys, 1) + 1, (batch, 1), generator=generator)
+        mask = n >= lengths
+        if pattern == "left":
+            mask = mask.flip(1)
+        elif pattern == "both_sides":
+            mask |= n < lengths // 3
+        elif pattern == "holes":
+            mask = torch.rand(batch, keys, generator=generator) < 0.5
+        elif pattern == "alternate":
+            mask = ((n + torch.arange(batch)[:, None]) % 2).bool()
+        elif pattern == "first_tile":
+            mask[:] = n < (keys + 1) // 2
+        elif pattern == "one_key":
+            mask[0] = n != int(torch.randint(keys, (), generator=generator))
+        elif pattern == "zero_keys":
+            mask[0] = True
+        elif pattern == "all":
+            mask[:] = True
+        return mask
 
 
 def visible_pairs(
@@ -201,10 +179,10 @@ def eager_attention(
     return_lse: bool = False,
     dropout_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention written with no thought of the kernel, every step rounded to query's dtype; padding must be finite.
+    """Attention written independently of the kernel, every step rounded to query's dtype; padding must be finite.
 
-    The LSE comes from fp32 scores: it is fp32 in every dtype, and is to be that good. On a GPU its matrix units sum them
-    for fp16 and bf16, as in any kernel; those of Hopper cut the sum off after every 8 products.
+    The LSE is fp32 in every dtype, and so are the scores it comes from. On a GPU the matrix units sum the scores of fp16
+    and bf16, as they do in any kernel; those of Hopper cut the sum off after every 8 products.
     """
     visible = visible_pairs(query, key, key_padding_mask, attn_mask, window, skip_padded_queries)
     live = visible.any(-1, keepdim=True)
@@ -212,17 +190,17 @@ def eager_attention(
     group = query.shape[1] // max(key.shape[1], 1)
     key, value = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    bias = (
-        None
-        if attn_mask is None or attn_mask.dtype == torch.bool
-        else attn_mask.masked_fill(attn_mask == -math.inf, 0)
-    )
+    bias = None
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        bias = attn_mask.masked_fill(attn_mask == -math.inf, 0)
 
     def scores_in(dtype: torch.dtype) -> Tensor:
         scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1)
         if query.is_cuda and dtype != query.dtype:
-            # Only the value: this product has no gradient.
-            scores = scores + (_fp32_product(query.detach(), key.detach()) - scores.detach())
+            # The product of the GPU's matrix units has no gradient, so only its value is taken.
+            flat_query, flat_key = (x.detach().flatten(0, 1) for x in (query, key))
+            product = torch.bmm(flat_query, flat_key.mT, out_dtype=torch.float32).view_as(scores)
+            scores = scores + (product - scores.detach())
         scores = scores * scale
         return (scores if bias is None else scores + bias.to(dtype)).masked_fill(hidden, -math.inf)
 
@@ -236,12 +214,6 @@ def eager_attention(
     return out, lse.masked_fill(~live[..., 0], -math.inf)
 
 
-def _fp32_product(query: Tensor, key: Tensor) -> Tensor:
-    """query @ keyᵀ of fp16 or bf16 in fp32, [B, H, M, N], by the matrix units of a GPU."""
-    flat = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
-    return flat.unflatten(0, query.shape[:2])
-
-
 def run(attention: Callable[..., Any], inputs: Inputs, **options: Any) -> Results:
     """out, lse and all gradients of one call of `attention` on fresh leaves made of `inputs`."""
     leaves = [x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
@@ -249,9 +221,8 @@ def run(attention: Callable[..., Any], inputs: Inputs, **options: Any) -> Result
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.detach().requires_grad_()
         leaves.append(attn_mask)
-    out, lse = attention(
-        *leaves[:3], inputs.key_padding_mask, attn_mask=attn_mask, return_lse=True, **options
-    )
+    options |= {"attn_mask": attn_mask, "return_lse": True}
+    out, lse = attention(*leaves[:3], inputs.key_padding_mask, **options)
     outputs, gradients = [out], [inputs.d_out]
     if inputs.d_lse is not None:
         outputs.append(lse.masked_fill(lse == -math.inf, 0))
@@ -318,24 +289,20 @@ def assert_within_reference_error(
         for what, tensor in (("actual", got), ("low", rounded), ("truth", true)):
             if not torch.isfinite(tensor).all():
                 raise AssertionError(f"{name}: {what} holds NaN or Inf")
-    true = torch.cat([x.double().flatten() for x in truth])
+    got, rounded, true = (torch.cat([x.double().flatten() for x in given]) for given in (actual, low, truth))
     if not true.numel():
         return Errors(0, 0, 0), Errors(0, 0, 0)
-    actual_error = (torch.cat([x.double().flatten() for x in actual]) - true).abs()
-    low_error = (torch.cat([x.double().flatten() for x in low]) - true).abs()
     ulp = unit_in_last_place(true.abs().max().item(), actual[0].dtype)
     figures = []
-    for by, got_error, reference_error in (
-        ("max", actual_error.max().item(), low_error.max().item()),
-        ("mean", actual_error.mean().item(), low_error.mean().item()),
-    ):
-        budget = factor * reference_error + ulp
-        if not got_error <= budget:
+    for by in ("max", "mean"):
+        error, eager_error = (getattr((x - true).abs(), by)().item() for x in (got, rounded))
+        budget = factor * eager_error + ulp
+        if not error <= budget:
             raise AssertionError(
-                f"{name}: {by} error {got_error:.3e} exceeds {budget:.3e} = "
-                f"{factor} x {reference_error:.3e} of eager {actual[0].dtype} + one ulp {ulp:.3e}"
+                f"{name}: {by} error {error:.3e} exceeds {budget:.3e} = "
+                f"{factor} x {eager_error:.3e} of eager {actual[0].dtype} + one ulp {ulp:.3e}"
             )
-        figures.append(Errors(got_error, reference_error, budget))
+        figures.append(Errors(error, eager_error, budget))
     return figures[0], figures[1]
 
 
@@ -346,14 +313,8 @@ def unit_in_last_place(magnitude: float, dtype: torch.dtype) -> float:
 
 
 def _assert_unseen_is_zero(inputs: Inputs, got: Results, name: str, options: dict[str, Any]) -> None:
-    visible = visible_pairs(
-        inputs.query,
-        inputs.key,
-        inputs.key_padding_mask,
-        inputs.attn_mask,
-        options.get("window"),
-        options.get("skip_padded_queries", False),
-    )
+    window, skip = options.get("window"), options.get("skip_padded_queries", False)
+    visible = visible_pairs(inputs.query, inputs.key, inputs.key_padding_mask, inputs.attn_mask, window, skip)
     dead = ~visible.any(-1)
     if not torch.equal(got.lse == -math.inf, dead):
         raise AssertionError(f"{name} lse: -inf must stand exactly where a row sees no key")

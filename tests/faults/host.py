@@ -7,8 +7,8 @@ from faults.fault import Fault
 launch = partial(Fault, file="_triton/call.py")
 op = partial(Fault, file="_triton/operators.py")
 checks = partial(Fault, file="_checks.py")
+arguments = partial(Fault, file="_arguments.py")
 packed = partial(Fault, file="packed.py")
-api = partial(Fault, file="api.py")
 dispatch = partial(Fault, file="_dispatch.py")
 
 FAULTS = [
@@ -102,7 +102,7 @@ FAULTS = [
         "grouped heads take the single query's kernel", "ownership",
         fragment="single = call.max_q == 1 and call.heads == call.kv_heads", replacement="single = call.max_q == 1",
     ),
-    checks(
+    arguments(
         "key and value of a fused buffer are swapped", "packing",
         fragment="query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)", replacement="query, value, key = padded.permute(2, 0, 3, 1, 4).unbind(0)",
     ),
@@ -110,7 +110,7 @@ FAULTS = [
         "keys are packed by the queries' lengths", "packing",
         fragment="Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)", replacement="Packing(cu_seqlens_q, cu_seqlens_q, max_seqlen_q, max_seqlen_q)",
     ),
-    checks(
+    arguments(
         "a [B, 1, 1, N] mask is read as that of one sequence", "wrapper",
         fragment="key_padding_mask[:, 0, 0]", replacement="key_padding_mask[:1, 0, 0].expand(len(key_padding_mask), -1)",
     ),
@@ -138,8 +138,8 @@ FAULTS = [
         "an explicit impl='triton' falls back", "wrapper",
         fragment='raise RuntimeError(f"impl=\'triton\' cannot run: {reason}; or use impl=\'reference\'")', replacement='return "reference"',
     ),
-    api(
+    dispatch(
         "skip_padded_queries is not handed on", "wrapper",
-        fragment="options = Options.of(query, scale, dropout_p, window, skip_padded_queries)", replacement="options = Options.of(query, scale, dropout_p, window, False)",
+        fragment="Options.of(call.query, scale, dropout_p, window, skip_padded_queries)", replacement="Options.of(call.query, scale, dropout_p, window, False)",
     ),
 ]  # fmt: skip

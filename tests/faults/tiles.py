@@ -62,8 +62,8 @@ FAULTS = [
     ),
     scores(
         "attn_mask offsets are 32 bits wide", "offset width",
-        fragment="ptrs = first + m.to(tl.int64) * strides[2] + n.to(tl.int64) * strides[3]",
-        replacement="ptrs = first + (m * strides[2] + n * strides[3]).to(tl.int32)",
+        fragment="ptrs = attn_mask.ptr + m.to(tl.int64) * attn_mask.strides[2] + n.to(tl.int64) * attn_mask.strides[3]",
+        replacement="ptrs = attn_mask.ptr + (m * attn_mask.strides[2] + n * attn_mask.strides[3]).to(tl.int32)",
     ),
     tiles(
         "padding offsets are 32 bits wide", "offset width",

@@ -19,6 +19,7 @@ from padfree._triton.scores import (
     hide,
     in_window,
     load_attn_mask,
+    mask_of_head,
     scale_add,
 )
 from padfree._triton.tiles import (
@@ -56,7 +57,7 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def score_gradient(rows, head, inputs, n_first, TILE: tl.constexpr):
+def score_gradient(rows, head, mask, inputs, n_first, TILE: tl.constexpr):
     """dS = P * (d_out @ vᵀ - delta), [BLOCK_M, BLOCK_N], of the rows against the tile of keys at n_first."""
     m, n = rows.m, n_first + tl.arange(0, TILE.BLOCK_N)
     keep_n = load_keep_n(inputs.padding, head.b, n, inputs.sizes.keys)
@@ -65,7 +66,7 @@ def score_gradient(rows, head, inputs, n_first, TILE: tl.constexpr):
     keep = keep_n[None, :] & rows.live_m[:, None]
     scores = tl.dot(rows.q, tl.trans(k), input_precision=TILE.PRECISION)
     # After the dot: the sum is stored in the mask's own layout, and no softmax wants the other.
-    attn_mask = load_attn_mask(inputs.attn_mask, head, m[:, None], n[None, :], keep)
+    attn_mask = load_attn_mask(mask, m[:, None], n[None, :], keep)
     scores, factor = apply_attn_mask(scores, inputs.scale2, attn_mask)
     scores = hide(scores, in_window(keep, m[:, None], n[None, :], inputs.window))
     d_probs = tl.dot(rows.d_out, tl.trans(v), input_precision=TILE.PRECISION)
@@ -102,7 +103,7 @@ def attn_mask_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, d_mas
             k, v = keys_of_head(inputs, sequence, h, TILE)
             head = Head(k, v, b, h, dropout_stream(inputs, b, h))
             q_head, d_out_head = at_row(inputs.q, b, h, 0, TILE), at_row(d_out, b, h, 0, TILE)
-            first_row = row_offset(lse2, sequence, h)
+            mask, first_row = mask_of_head(inputs, head), row_offset(lse2, sequence, h)
             for m_first in range(tile_m * BLOCK_M, m_stop, BLOCK_M):
                 m = m_first + tl.arange(0, BLOCK_M)
                 row_lse2, live_m = load_lse2(lse2.ptr + first_row, m, m < sizes.queries)
@@ -112,7 +113,7 @@ def attn_mask_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, d_mas
                 d_out_tile = load_tile(d_out_head, m_first, live_m, BLOCK_M, TILE)
                 rows = Rows(m, live_m, q, d_out_tile, row_lse2, delta, inverse)
                 for n_first in range(tile_n * BLOCK_N, n_stop, BLOCK_N):
-                    total += score_gradient(rows, head, inputs, n_first, TILE)
+                    total += score_gradient(rows, head, mask, inputs, n_first, TILE)
 
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

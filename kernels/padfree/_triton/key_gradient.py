@@ -22,6 +22,7 @@ from padfree._triton.scores import (
     hide,
     in_window,
     load_attn_mask,
+    mask_of_head,
     scale_add,
 )
 from padfree._triton.tiles import (
@@ -92,7 +93,7 @@ def accumulate_dkv(grads, keys, head, inputs, start, stop, MASKED: tl.constexpr,
     factor, attn_mask = inputs.scale2, None
     if inputs.attn_mask.ptr is not None:
         in_nm = in_n[:, None] & (m < stop)[None, :]
-        attn_mask = load_attn_mask(inputs.attn_mask, head, m[None, :], n[:, None], in_nm)
+        attn_mask = load_attn_mask(mask_of_head(inputs, head), m[None, :], n[:, None], in_nm)
     scores = tl.dot(keys.k, tl.trans(q), input_precision=TILE.PRECISION)  # [BLOCK_N, BLOCK_M]
     if inputs.attn_mask.ptr is not None:
         scores, factor = apply_attn_mask(scores, factor, attn_mask)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from padfree._checks import Window, split_qkv
+from padfree._arguments import Packing, Window, split_qkv
 from padfree._triton.backward import launch_backward
 from padfree._triton.call import OPEN, Call, heads_last
 from padfree._triton.forward import launch_forward
@@ -34,13 +34,6 @@ class Options(NamedTuple):
         return cls(
             float(query.shape[-1] ** -0.5 if scale is None else scale), float(dropout_p), left, right, skip
         )
-
-
-class Packing(NamedTuple):
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_q: int
-    max_k: int
 
 
 SHARED_SCHEMA = (

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from padfree._triton.arguments import View
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Philox-2x32 (Salmon et al. 2011): the fewest rounds that pass BigCrush, multiplier and key step
@@ -33,7 +35,7 @@ def score_tile(rows, k, head, inputs, n, keep_n, stop, TILE: tl.constexpr):
     attn_mask = None
     if inputs.attn_mask.ptr is not None:
         in_mn = rows.live_m[:, None] & (n < stop)[None, :]
-        attn_mask = load_attn_mask(inputs.attn_mask, head, rows.m[:, None], n[None, :], in_mn)
+        attn_mask = load_attn_mask(mask_of_head(inputs, head), rows.m[:, None], n[None, :], in_mn)
     scores = tl.dot(rows.q, tl.trans(k), input_precision=TILE.PRECISION)
     if inputs.attn_mask.ptr is not None:
         scores, factor = apply_attn_mask(scores, factor, attn_mask)
@@ -70,15 +72,20 @@ def in_window(keep, m, n, window):
 
 
 @triton.jit
-def load_attn_mask(attn_mask, head, m, n, in_mn):
-    """The head's attn_mask at rows m and keys n as it is stored; hidden outside in_mn.
+def mask_of_head(inputs, head):
+    """The View of attn_mask from its first row for this head on."""
+    strides = inputs.attn_mask.strides
+    return View(inputs.attn_mask.ptr + head.b * strides[0] + head.h * strides[1], strides)
+
+
+@triton.jit
+def load_attn_mask(attn_mask, m, n, in_mn):
+    """A head's attn_mask at rows m and keys n as it is stored; hidden outside in_mn.
 
     Where a softmax follows, to be read before the dot: of two layouts that meet in a tile the compiler keeps that of the
     later one, and both, with every exponent computed twice, where the mask's comes last.
     """
-    strides = attn_mask.strides
-    first = attn_mask.ptr + head.b * strides[0] + head.h * strides[1]
-    ptrs = first + m.to(tl.int64) * strides[2] + n.to(tl.int64) * strides[3]
+    ptrs = attn_mask.ptr + m.to(tl.int64) * attn_mask.strides[2] + n.to(tl.int64) * attn_mask.strides[3]
     return tl.load(ptrs, mask=in_mn, other=1 if attn_mask.ptr.dtype.element_ty == tl.uint8 else float("-inf"))
 
 

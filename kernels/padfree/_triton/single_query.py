@@ -22,6 +22,7 @@ from padfree._triton.scores import (
     hide,
     in_window,
     load_attn_mask,
+    mask_of_head,
     refine,
 )
 from padfree._triton.tiles import (
@@ -69,7 +70,7 @@ def key_scores(q, head, inputs, sequence, start, TILE: tl.constexpr):
     scores, factor = tl.sum(k * q, 1)[:, None], inputs.scale2
     keep = in_window(keep_n[:, None] & (sequence.queries > 0), 0, n[:, None], inputs.window)
     if inputs.attn_mask.ptr is not None:
-        attn_mask = load_attn_mask(inputs.attn_mask, head, n[:, None] * 0, n[:, None], keep)
+        attn_mask = load_attn_mask(mask_of_head(inputs, head), n[:, None] * 0, n[:, None], keep)
         scores, factor = apply_attn_mask(scores, factor, attn_mask)
     return hide(scores * factor, keep), k, keep_n
 

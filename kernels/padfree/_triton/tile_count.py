@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from padfree._checks import Window
+from padfree._arguments import Window
 
 
 class TileCount(NamedTuple):

@@ -1,9 +1,9 @@
 """What happens to a model that takes one of our names, be it by `enable` or by `attn_implementation=`.
 
-Classes that compute their own attention accept any name and never look it up, so nothing of ours would ever be
-called: not to count, not to raise in strict mode. transformers offers no hook there, so `watch_models` wraps the two
-methods that every model passes through, `post_init` when it is built and `set_attn_implementation` when it is
-switched. Models under other names are not touched.
+Classes that compute their own attention accept any name and never look it up, so nothing of ours would ever be called:
+neither to count nor to raise in strict mode. transformers offers no hook there, so `watch_models` wraps the two methods
+that every model passes through, `post_init` when it is built and `set_attn_implementation` when it is switched. Models
+under other names are not touched.
 """
 
 import dis
@@ -57,16 +57,14 @@ def _look_at(model: PreTrainedModel, name: str | None) -> None:
         return
     asking = [module for module in model.modules() if asks_for_attention(module, name)]
     if not asking:
-        reason = (
-            f"{type(model).__name__} has no layer that takes its attention by name: padfree will not be used"
-        )
+        model_name = type(model).__name__
+        reason = f"{model_name} has no layer that takes its attention by name: padfree will not be used"
         if name == STRICT_NAME:
             raise ValueError(reason)
         count("fallback", reason)
     # Decoders build their masks from the positions. A part's layers are looked at with the part.
-    encoders = [
-        x for x in asking if type(x.config) is type(model.config) and not getattr(x, "is_causal", False)
-    ]
+    own = [layer for layer in asking if type(layer.config) is type(model.config)]
+    encoders = [layer for layer in own if not getattr(layer, "is_causal", False)]
     if encoders or not asking:
         _hook(model, _refuse_restarts)
         if not (encoders and _keeps_apart(model, encoders)):
@@ -74,9 +72,8 @@ def _look_at(model: PreTrainedModel, name: str | None) -> None:
 
 
 def _mixes_tokens(model: nn.Module) -> bool:
-    return any(
-        isinstance(part, nn.Embedding) or "Attention" in type(part).__name__ for part in model.modules()
-    )
+    modules = model.modules()
+    return any(isinstance(x, nn.Embedding) or "Attention" in type(x).__name__ for x in modules)
 
 
 def _keeps_apart(model: PreTrainedModel, layers: list[nn.Module]) -> bool:

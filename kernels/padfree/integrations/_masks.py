@@ -1,20 +1,21 @@
-"""What a layer sees, as sdpa and eager read it, and the window that a layer is left to mask by itself."""
+"""What a layer sees: the masks that sdpa and eager read, sliding windows, and sequences packed end to end in one row."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from padfree._arguments import Packing
 from padfree.integrations._models import WINDOWED_MODEL_TYPES
-from padfree.integrations._packed import Packing, same_sequence
 from padfree.reference import in_window
 
+# As `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them.
+PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
-def window_of(
-    module: nn.Module, attention_mask: Tensor | None, sliding_window: int | None
-) -> tuple[int, int] | None:
+
+def window_of(module: nn.Module, mask: Tensor | None, sliding_window: int | None) -> tuple[int, int] | None:
     """The window that `attention_mask_for` left to this layer; None where the mask already holds it."""
-    if sliding_window is None or (attention_mask is not None and attention_mask.ndim != 2):
+    if sliding_window is None or (mask is not None and mask.ndim != 2):
         return None
     if getattr(getattr(module, "config", None), "model_type", None) not in WINDOWED_MODEL_TYPES:
         return None
@@ -29,8 +30,39 @@ def is_window_of_layer(config: Any, kwargs: dict[str, Any]) -> bool:
     return not kwargs.get("use_vmap", False) and not kwargs.get("allow_is_causal_skip", True)
 
 
+def packing_of(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Packing | None:
+    """What transformers' arguments say about packed sequences; None where they say nothing.
+
+    Raises:
+        ValueError: they are not those of one row, or lack the boundaries.
+    """
+    # A paged cache brings boundaries of its own, and the mask that goes with them.
+    if kwargs.get("cache") is not None:
+        return None
+    cu_q, cu_k, longest_q, longest_k = (kwargs.get(name) for name in PACKED_ARGUMENTS)
+    if cu_q is None and cu_k is None:
+        if kwargs.get("seq_idx") is not None:
+            raise ValueError(
+                "seq_idx came without cu_seq_lens_q and cu_seq_lens_k: the sequences would see each other; "
+                "DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes them"
+            )
+        return None
+    if cu_q is None or cu_k is None:
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must come together")
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"cu_seq_lens_q describes one row of packed sequences, got a batch of {query.shape[0]}"
+        )
+    # Without a number the row is the bound: a tensor would have to be waited for.
+    longest_q = longest_q if isinstance(longest_q, int) else query.shape[2]
+    longest_k = longest_k if isinstance(longest_k, int) else key.shape[2]
+    return Packing(
+        cu_q.to(query.device, torch.int32), cu_k.to(query.device, torch.int32), longest_q, longest_k
+    )
+
+
 def sdpa_mask_of(
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     window: tuple[int, int] | None,
     packing: Packing | None,
     causal: bool,
@@ -38,23 +70,33 @@ def sdpa_mask_of(
     key: Tensor,
 ) -> Tensor | None:
     """The same visibility as SDPA reads it: bool [B,1,1,N] or [B,1,M,N], True = attend; others as they came."""
-    if attention_mask is not None and attention_mask.ndim == 2:
-        attention_mask = attention_mask.bool()[:, None, None, :]
+    if mask is not None and mask.ndim == 2:
+        mask = mask.bool()[:, None, None, :]
     visible = []
     if window is not None:
         visible.append(in_window(query.shape[2], key.shape[2], window, query.device))
     if packing is not None:
-        visible.append(same_sequence(packing, query, key))
-        if causal and attention_mask is None:
-            visible.append(visible[-1].tril())
+        same = _same_sequence(packing, query, key)
+        visible += [same, same.tril()] if causal and mask is None else [same]
     for seen in visible:
-        if attention_mask is None:
-            attention_mask = seen[None, None]
-        elif attention_mask.dtype == torch.bool:
-            attention_mask = attention_mask & seen
+        if mask is None:
+            mask = seen[None, None]
+        elif mask.dtype == torch.bool:
+            mask = mask & seen
         else:
-            attention_mask = attention_mask.masked_fill(~seen, torch.finfo(attention_mask.dtype).min)
-    return attention_mask
+            mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return mask
+
+
+def _same_sequence(packing: Packing, query: Tensor, key: Tensor) -> Tensor:
+    """bool [M, N]: whether query and key belong to one sequence."""
+
+    def sequence_of_each(ends: Tensor, rows: Tensor) -> Tensor:
+        position = torch.arange(rows.shape[2], device=rows.device, dtype=ends.dtype)
+        return torch.searchsorted(ends, position, right=True)
+
+    of_query = sequence_of_each(packing.cu_seqlens_q[1:], query)
+    return of_query[:, None] == sequence_of_each(packing.cu_seqlens_k[1:], key)
 
 
 def additive(kwargs: dict[str, Any], query: Tensor) -> dict[str, Any]:

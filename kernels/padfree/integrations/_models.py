@@ -14,39 +14,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 # Model types whose sliding-window layers hand us the window they mask by, counted as flash-attention counts:
 # keys up to sliding_window - 1 away. Others keep the mask that transformers builds for them.
 WINDOWED_MODEL_TYPES = ("modernbert",)
-# Model types that hand their layers a [B, N] mask untouched although they do not claim flash-attention, whose sign is it.
+# Model types that hand their layers a [B, N] mask untouched although they do not claim flash-attention, by which the
+# others are recognized.
 PLAIN_MASK_MODEL_TYPES = (
-    "t5",
-    "mt5",
-    "umt5",
-    "pop2piano",
-    "layoutlm",
-    "splinter",
-    "bridgetower_text_model",
-    "clap_text_model",
-    "siglip2_text_model",
-)
+    "t5", "mt5", "umt5", "pop2piano", "layoutlm", "splinter",
+    "bridgetower_text_model", "clap_text_model", "siglip2_text_model",
+)  # fmt: skip
 # Options that sdpa takes without a word and does not apply.
 SDPA_IGNORES = ("softcap", "s_aux")
 # The keys that a sparse layer chose. Its model hides the others for eager and sdpa alone.
 CHOSEN_KEYS = ("indices", "block_indices")
 # What models hand on to every attention and no attention reads: it changes no result.
-INERT_ARGUMENTS = frozenset(
-    (
-        "cache_position",
-        "deterministic",
-        "labels",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_ids",
-        "return_dict",
-        "return_loss",
-        "special_tokens_mask",
-        "token_type_ids",
-        "use_cache",
-    )
-)
+INERT_ARGUMENTS = frozenset({
+    "cache_position", "deterministic", "labels", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "position_ids", "return_dict", "return_loss", "special_tokens_mask",
+    "token_type_ids", "use_cache",
+})  # fmt: skip
 
 
 @torch.compiler.assume_constant_result
@@ -70,7 +53,7 @@ def reads_bool_masks(config_class: type) -> bool:
 
 @functools.cache
 def _ignores_the_name(config_class: type) -> bool:
-    # Asked of every class, and taken as a yes where nothing is known: eager's mask is right for any reader.
+    # True where one class ignores it and where nothing is known: eager's mask is right for any reader.
     asks = (getattr(model, "_can_set_attn_implementation", None) for model in _models_of(config_class))
     answers = [ask is not None and ask() for ask in asks]
     return not (answers and all(answers))
@@ -112,10 +95,8 @@ def _eager_alone_reads(module_class: type) -> frozenset[str]:
     eager = getattr(sys.modules.get(module_class.__module__), "eager_attention_forward", None)
     if eager is None:
         return frozenset()
-    read = set(inspect.signature(eager).parameters) - set(
-        inspect.signature(sdpa_attention_forward).parameters
-    )
-    return frozenset(read)
+    of_eager, of_sdpa = (inspect.signature(x).parameters for x in (eager, sdpa_attention_forward))
+    return frozenset(of_eager) - frozenset(of_sdpa)
 
 
 def asks_for_attention(module: nn.Module, name: str) -> bool:
@@ -129,17 +110,13 @@ def asks_for_attention(module: nn.Module, name: str) -> bool:
 
 def has_decoder(module: nn.Module) -> bool:
     """Whether this layer may be a decoder's, whose keys need not be its queries' positions."""
-    owners = (module, getattr(module, "config", None))
-    return any(
-        getattr(owner, name, False) for owner in owners for name in ("is_decoder", "is_encoder_decoder")
-    )
+    owners, names = (module, getattr(module, "config", None)), ("is_decoder", "is_encoder_decoder")
+    return any(getattr(owner, name, False) for owner in owners for name in names)
 
 
 def own_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The eager attention that stands beside this layer in its model's file."""
-    name = "eager_attention_forward"
-    if (eager := getattr(sys.modules[type(module).__module__], name, None)) is None:
-        raise RuntimeError(
-            f"neither padfree nor sdpa can serve {type(module).__name__}, and it has no {name}"
-        )
+    layer, name = type(module), "eager_attention_forward"
+    if (eager := getattr(sys.modules[layer.__module__], name, None)) is None:
+        raise RuntimeError(f"neither padfree nor sdpa can serve {layer.__name__}, and it has no {name}")
     return eager
