@@ -7,10 +7,9 @@ check against fp64 are those of `python -m bench attention --quick`; a peer that
 import functools
 
 import pytest
-import torch
 
 from padfree_bench.measuring.cases import DIRECTIONS, Case, quick_cases
-from padfree_bench.measuring.ceilings import measure_ceilings
+from padfree_bench.measuring.ceilings import Ceilings, measure_ceilings
 from padfree_bench.measuring.check import Truth, compute_truth
 from padfree_bench.measuring.inputs import Inputs, make_inputs
 from padfree_bench.measuring.machine import pick_device
@@ -31,7 +30,7 @@ def prepared_case(case: Case) -> tuple[Inputs, Truth]:
 
 
 @functools.cache
-def ceilings():  # type: ignore[no-untyped-def]
+def ceilings() -> Ceilings:
     return measure_ceilings(DEVICE, {case.dtype for case in CASES})
 
 
@@ -43,24 +42,17 @@ def test_attention(benchmark, case: Case, direction: str, peer: str) -> None:  #
     chosen = next(candidate for candidate in peers_for(None, DEVICE) if candidate.name == peer)
     contender = admit(chosen, inputs, truth, training=direction != "forward")
     if contender.prepared is None:
-        if contender.verdict is not None:
-            pytest.fail(contender.reason)
-        pytest.skip(contender.reason)
+        (pytest.skip if contender.verdict is None else pytest.fail)(contender.reason)
     call = MAKE_CALL[direction](contender.prepared)
 
     def timed() -> None:
         call()
-        synchronize(torch.device(DEVICE))
+        synchronize(DEVICE)
 
     benchmark.group = f"{case.id} {direction}"
     row = start_row("attention", case, inputs, direction, contender)
-    benchmark.extra_info.update(
-        {
-            name: value
-            for name, value in vars(row).items()
-            if value not in (None, "") and name not in ("peer", "suite")
-        }
-    )
+    told = {name: value for name, value in vars(row).items() if value not in (None, "")}
+    benchmark.extra_info.update({name: told[name] for name in told if name not in ("peer", "suite")})
     benchmark.pedantic(timed, rounds=ROUNDS, iterations=1, warmup_rounds=WARMUP)
     # None under --benchmark-disable.
     if benchmark.stats is not None:

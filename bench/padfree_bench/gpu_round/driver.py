@@ -35,8 +35,9 @@ from padfree_bench.gpu_round.steps import (
     run,
     worker,
 )
+from padfree_bench.measuring.files import keep_earlier, write_whole
 from padfree_bench.measuring.processes import stop_on_sigterm
-from padfree_bench.measuring.results import NOT_RUN, RESULTS, keep_earlier, write_whole
+from padfree_bench.measuring.results import NOT_RUN, RESULTS
 
 PACK_SECONDS = 10
 

@@ -5,9 +5,10 @@ the wall clock with a synchronisation. Drift of clocks or neighbours then hits a
 """
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ FLUSH_BYTES = 256 * 2**20
 # About half a millisecond in which the host queues the call under test, so that its events enclose the GPU's work
 # and not the host's; that is `host_us`.
 WAIT_CYCLES, WAIT_US = 1_000_000, 500
-LOWER, UPPER = 20, 80
+# The milliseconds of one call, to be read once all is done, and the microseconds in which the host issued it.
+Timed = tuple[Callable[[], float], float | None]
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,6 @@ class Sample:
     p80: float
     repetitions: int
     host_us: float | None = None
-
-    @property
-    def width(self) -> float:
-        """The interval printed beside the median: p80 - p20."""
-        return self.p80 - self.p20
 
 
 @dataclass(frozen=True)
@@ -59,20 +56,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summarise(milliseconds: list[float], host_us: list[float] | None = None) -> Sample:
-    """Median and the 20th and 80th percentile of one contender."""
-    p20, p50, p80 = np.percentile(milliseconds, [LOWER, 50, UPPER])
-    return Sample(
-        float(p20), float(p50), float(p80), len(milliseconds), float(np.median(host_us)) if host_us else None
-    )
-
-
 def measure(
     calls: dict[str, Call],
     device: torch.device,
     effort: Effort,
     wall: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
     watch: Watch = lambda moment: None,
 ) -> dict[str, Sample]:
     """Time every call, interleaved A B C A B C.
@@ -82,25 +70,20 @@ def measure(
         device: where they run.
         effort: how many repetitions; the same number for each.
         wall: wall clock with synchronisation on a GPU too, for whole steps.
-        clock: seconds, replaceable in tests.
         watch: called "before" the first repetition, "during" one in the middle, while a GPU works through what was
             queued, and right "after" the last; never between a call's two time stamps.
     """
     if not calls:
         return {}
-    if device.type == "cuda" and not wall:
-        return _measure_events(calls, effort, clock, watch)
-
-    def timed(call: Call) -> float:
-        synchronize(device)
-        start = clock()
-        call()
-        synchronize(device)
-        return (clock() - start) * 1e3
-
+    on_events = device.type == "cuda" and not wall
+    timed = partial(_by_events, make_flush()) if on_events else partial(_by_the_clock, device)
     for _ in range(max(1, effort.warmup)):
-        round_ms = sum(timed(call) for call in calls.values())
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+        begin = perf_counter()
+        for call in calls.values():
+            timed(call)
+        synchronize(device)
+        round_ms = (perf_counter() - begin) * 1e3
+    taken: dict[str, list[Timed]] = {name: [] for name in calls}
     repetitions = _repetitions(round_ms, effort)
     watch("before")
     for repetition in range(repetitions):
@@ -108,8 +91,31 @@ def measure(
             taken[name].append(timed(call))
         if repetition == repetitions // 2:
             watch("during")
+        # Bounds the queue, so that no call waits for a full one; between rounds, not inside a timed region.
+        synchronize(device)
     watch("after")
-    return {name: summarise(values) for name, values in taken.items()}
+    return {name: _summarise(each) for name, each in taken.items()}
+
+
+def _by_the_clock(device: torch.device, call: Call) -> Timed:
+    synchronize(device)
+    start = perf_counter()
+    call()
+    synchronize(device)
+    taken_ms = (perf_counter() - start) * 1e3
+    return lambda: taken_ms, None
+
+
+def _by_events(flush: Call, call: Call) -> Timed:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush()
+    torch.cuda._sleep(WAIT_CYCLES)
+    start.record()
+    issued = perf_counter()
+    call()
+    issued = perf_counter() - issued
+    end.record()
+    return lambda: start.elapsed_time(end), issued * 1e6
 
 
 def make_flush() -> Call:
@@ -117,47 +123,14 @@ def make_flush() -> Call:
 
     It reads and does not write: lines that the timed call had to write back first would count as its own traffic.
     """
-    other = torch.zeros(FLUSH_BYTES // 4, device="cuda")
-    return other.sum
+    return torch.zeros(FLUSH_BYTES // 4, device="cuda").sum
 
 
-def _measure_events(
-    calls: dict[str, Call], effort: Effort, clock: Callable[[], float], watch: Watch
-) -> dict[str, Sample]:
-    flush = make_flush()
-
-    def timed(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event, float]:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush()
-        torch.cuda._sleep(WAIT_CYCLES)
-        start.record()
-        issued = clock()
-        call()
-        issued = clock() - issued
-        end.record()
-        return start, end, issued * 1e6
-
-    for _ in range(max(1, effort.warmup)):
-        begin = clock()
-        for call in calls.values():
-            timed(call)
-        torch.cuda.synchronize()
-        round_ms = (clock() - begin) * 1e3
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event, float]]] = {name: [] for name in calls}
-    repetitions = _repetitions(round_ms, effort)
-    watch("before")
-    for repetition in range(repetitions):
-        for name, call in calls.items():
-            events[name].append(timed(call))
-        if repetition == repetitions // 2:
-            watch("during")
-        # Bounds the queue, so that no call waits for a full one; between rounds, not inside a timed region.
-        torch.cuda.synchronize()
-    watch("after")
-    return {
-        name: summarise([start.elapsed_time(end) for start, end, _ in taken], [host for _, _, host in taken])
-        for name, taken in events.items()
-    }
+def _summarise(taken: list[Timed]) -> Sample:
+    """Median, the percentiles on both sides of it, and the host's median of one contender."""
+    p20, p50, p80 = map(float, np.percentile([elapsed() for elapsed, _ in taken], [20, 50, 80]))
+    host = [host_us for _, host_us in taken if host_us is not None]
+    return Sample(p20, p50, p80, len(taken), float(np.median(host)) if host else None)
 
 
 def _repetitions(round_ms: float, effort: Effort) -> int:
@@ -167,15 +140,13 @@ def _repetitions(round_ms: float, effort: Effort) -> int:
     return int(max(min(3, effort.least), min(wanted, effort.at_most_seconds / round_seconds)))
 
 
-@contextlib.contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Work on one stream that is not the default one, on a GPU: what a graph captures must have begun on its stream.
 
     Autograd keeps the stream a leaf was first used on while a graph of it lives, and a capture that is drawn to
     the default stream is invalid.
     """
-    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
-        yield
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _end_failed_capture(index: int, pool: Any) -> None:

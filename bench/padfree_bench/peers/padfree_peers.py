@@ -1,13 +1,14 @@
 """padfree itself: the padded entry point, with padded rows left out, packed, and on one QKV buffer."""
 
-import functools
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 import padfree
 from padfree_bench.measuring.inputs import Inputs
-from padfree_bench.peers.base import Grads, Peer, Prepared, Refused, leaves_of, packed, packing, padded
+from padfree_bench.peers.base import Peer, Prepared, Refused, leaves_of, packed, packing, padded, swap
 
 RAN = "padfree's Triton kernel"
 
@@ -20,61 +21,47 @@ def check_kernel(query: Tensor) -> None:
         raise Refused(reason)
 
 
-def prepare(inputs: Inputs, training: bool, skip: bool, with_mask: bool = True) -> Prepared:
+def prepare(inputs: Inputs, training: bool, skip: bool = False, with_mask: bool = True) -> Prepared:
     check_kernel(inputs.query)
     mask = inputs.padding if with_mask else None
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = padfree.attention(query, key, value, mask, skip_padded_queries=skip, impl="triton")
-        assert isinstance(out, Tensor)
-        return out
-
-    return padded(inputs, training, run, RAN)
+    attend = partial(padfree.attention, skip_padded_queries=skip, impl="triton")
+    return padded(inputs, training, lambda q, k, v: cast(Tensor, attend(q, k, v, mask)), RAN)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    out = padfree.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, longest, longest, impl="triton")
-    assert isinstance(out, Tensor)
-    return out
-
-
-def prepare_varlen(inputs: Inputs, training: bool) -> Prepared:
+def varlen(inputs: Inputs, training: bool, pack: bool = False) -> Prepared:
     check_kernel(inputs.query)
-    cu_seqlens = inputs.cu_seqlens()
-    return packed(inputs, training, lambda q, k, v: _varlen(q, k, v, cu_seqlens, inputs.case.seq), RAN)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int) -> Tensor:
+        out = padfree.attention_varlen(query, key, value, cu, cu, longest, longest, impl="triton")
+        return cast(Tensor, out)
+
+    if pack:
+        return packing(inputs, training, run, f"nonzero, gather, {RAN}, scatter")
+    return packed(inputs, training, run, RAN)
 
 
-def prepare_packing(inputs: Inputs, training: bool) -> Prepared:
+def qkvpacked(inputs: Inputs, training: bool) -> Prepared:
     check_kernel(inputs.query)
-    return packing(inputs, training, _varlen, f"nonzero, gather, {RAN}, scatter")
-
-
-def prepare_qkvpacked(inputs: Inputs, training: bool) -> Prepared:
-    check_kernel(inputs.query)
-    buffer = torch.stack([x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value)], dim=2)
+    buffer = torch.stack([swap(x) for x in (inputs.query, inputs.key, inputs.value)], dim=2)
     leaves = leaves_of(buffer, training=training)
+    attend = partial(padfree.attention_qkvpacked, skip_padded_queries=True, impl="triton")
+
+    def grads(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return parts[0].permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward() -> Tensor:
-        out = padfree.attention_qkvpacked(leaves[0], inputs.padding, skip_padded_queries=True, impl="triton")
-        assert isinstance(out, Tensor)
-        return out
+        return cast(Tensor, attend(leaves[0], inputs.padding))
 
-    def grads(parts: tuple[Tensor, ...]) -> Grads:
-        d_query, d_key, d_value = parts[0].permute(2, 0, 3, 1, 4).unbind(0)
-        return d_query, d_key, d_value
-
-    d_out = inputs.d_out.transpose(1, 2)
-    return Prepared(forward, leaves, d_out, RAN, output=lambda out: out.transpose(1, 2), grads=grads)
+    return Prepared(forward, leaves, swap(inputs.d_out), RAN, swap, grads)
 
 
+SKIP = "skip_padded_queries=True"
 UPPER = "no mask: wrong answer where there is padding, shows what the mask costs"
 PEERS = [
-    Peer("padfree", functools.partial(prepare, skip=False), "padded in and out, every row"),
-    Peer(
-        "padfree-skip", functools.partial(prepare, skip=True), "padded in and out, skip_padded_queries=True"
-    ),
-    Peer("padfree-varlen", prepare_varlen, "ready-packed input and output"),
-    Peer("padfree-varlen+pack", prepare_packing, "offsets, packing and unpacking inside the time"),
-    Peer("padfree-qkv", prepare_qkvpacked, "one [B,S,3,H,D] buffer, skip_padded_queries=True"),
-    Peer("padfree-nomask", functools.partial(prepare, skip=False, with_mask=False), UPPER, upper_bound=True),
+    Peer("padfree", prepare, "padded in and out, every row"),
+    Peer("padfree-skip", partial(prepare, skip=True), f"padded in and out, {SKIP}"),
+    Peer("padfree-varlen", varlen, "ready-packed input and output"),
+    Peer("padfree-varlen+pack", partial(varlen, pack=True), "offsets, packing and unpacking inside the time"),
+    Peer("padfree-qkv", qkvpacked, f"one [B,S,3,H,D] buffer, {SKIP}"),
+    Peer("padfree-nomask", partial(prepare, with_mask=False), UPPER, upper_bound=True),
 ]

@@ -12,12 +12,13 @@ from padfree_bench.measuring.cases import DIRECTIONS, Case, choose_cases
 from padfree_bench.measuring.ceilings import Ceilings, measure_ceilings, work
 from padfree_bench.measuring.check import compute_truth
 from padfree_bench.measuring.clocks import Watch
+from padfree_bench.measuring.errors import first_line
 from padfree_bench.measuring.inputs import Inputs, make_inputs
 from padfree_bench.measuring.results import AGAIN, FAULT, NOT_RUN, OK, SECOND_WAVE, Result, Row
 from padfree_bench.measuring.timing import WAIT_US, Call, Effort, Sample, capture_graph, measure
 from padfree_bench.peers import Peer, Prepared, Refused, choose_peers
 from padfree_bench.suites.contenders import MAKE_CALL, Contender, admit, fill_profile, release, start_row
-from padfree_bench.suites.session import Session, first_line
+from padfree_bench.suites.session import Session
 
 HOST_BOUND = "issued slower than the GPU was kept waiting: the time holds host time, trust graph_ms"
 # Timed once more beside the peers that compile for every shape: what the others are compared with.

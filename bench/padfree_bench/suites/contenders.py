@@ -11,11 +11,11 @@ from torch import Tensor
 from padfree_bench.measuring import profiling
 from padfree_bench.measuring.cases import Case
 from padfree_bench.measuring.check import Truth, Verdict, check
+from padfree_bench.measuring.errors import first_line
 from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.measuring.results import NOT_RUN, OK, UPPER_BOUND, Row
 from padfree_bench.measuring.timing import Call
 from padfree_bench.peers import Peer, Prepared, Refused
-from padfree_bench.suites.session import first_line
 
 
 @dataclass
@@ -38,7 +38,7 @@ def admit(peer: Peer, inputs: Inputs, truth: Truth, training: bool) -> Contender
     """Prepare a peer and check its answer; whoever is wrong, refuses or fails gets a reason instead of a clock."""
     try:
         prepared = peer.prepare(inputs, training)
-        verdict = check(prepared, inputs, truth, training)
+        verdict = check(prepared.answer(training), inputs, truth)
     except Refused as refusal:
         return Contender(peer, reason=str(refusal))
     except Exception as error:  # noqa: BLE001 - a peer may fail in its own way; the suite goes on and the row says how

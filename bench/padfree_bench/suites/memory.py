@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from padfree_bench.measuring.cases import Case, choose_cases, choose_dtypes, cpu_groups, gpu_groups
+from padfree_bench.measuring.cases import Case, choose_cases, choose_dtypes, groups
 from padfree_bench.measuring.check import compute_truth
+from padfree_bench.measuring.errors import first_line
 from padfree_bench.measuring.inputs import make_inputs
 from padfree_bench.measuring.results import NOT_RUN, OK, Result, Row
 from padfree_bench.peers import Peer
 from padfree_bench.suites.attention import choose_directions, peers_for
 from padfree_bench.suites.contenders import MAKE_CALL, admit, fill_profile, release, start_row
-from padfree_bench.suites.session import Session, first_line
+from padfree_bench.suites.session import Session
 
 
 def run_case(
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     cases = choose_cases(device_type, shapes, options.dtypes, options.quick)
     if shapes is None:
         # A quick look needs two lengths, not the whole handful of the speed suite.
-        sweep = (gpu_groups() if device_type == "cuda" else cpu_groups())["length"]
+        sweep = groups(device_type)["length"]
         dtypes = choose_dtypes(options.dtypes, cases[0].dtype)
         cases = [replace(case, batch=1, dtype=dtype) for dtype in dtypes for case in sweep[:2]]
     directions = choose_directions(options.directions or "forward,both")

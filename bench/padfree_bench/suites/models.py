@@ -12,13 +12,14 @@ from padfree_bench.measuring import profiling
 from padfree_bench.measuring.cases import DTYPES
 from padfree_bench.measuring.check import limit_of
 from padfree_bench.measuring.clocks import Watch
+from padfree_bench.measuring.errors import first_line
 from padfree_bench.measuring.lengths import make_lengths
 from padfree_bench.measuring.results import NOT_RUN, OK, Row
 from padfree_bench.measuring.timing import Call, measure
 from padfree_bench.peers.base import Refused
 from padfree_bench.suites.attention import add_graph, fill_times
 from padfree_bench.suites.contenders import release
-from padfree_bench.suites.session import Session, first_line
+from padfree_bench.suites.session import Session
 
 # Never more than this: a model adds up the rounding of its layers, and an answer of zeros errs by 1.
 LIMITS = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 0.2}

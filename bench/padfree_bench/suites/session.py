@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from padfree_bench.measuring import clocks, machine
 from padfree_bench.measuring.ceilings import Ceilings, measure_ceilings
+from padfree_bench.measuring.errors import DeviceLost, out_of_memory
 from padfree_bench.measuring.results import (
     NOT_RUN,
-    DeviceLost,
     Result,
     Row,
     by_reason,
@@ -49,30 +49,6 @@ MAIN_COLUMNS = (
 
 # What a case gives: its rows, or its rows part by part.
 Parts = list[Row] | Iterable[list[Row]]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """One line that says what went wrong, for a row; DeviceLost where no later row could be measured either."""
-    if out_of_memory(error):
-        return "out of memory"
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    line = f"{type(error).__name__}: {text[:200]}"
-    if isinstance(error, torch.AcceleratorError) and _device_is_lost():
-        raise DeviceLost(line) from error
-    return line
-
-
-def _device_is_lost() -> bool:
-    """Whether an error, such as an illegal access, is there to stay; a refused launch or capture is not."""
-    try:
-        torch.cuda.synchronize()
-    except torch.AcceleratorError:
-        return True
-    return False
 
 
 class Session:

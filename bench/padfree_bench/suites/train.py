@@ -17,6 +17,7 @@ from imdb_classifier.modeling import TextClassifier, TextClassifierConfig
 from padfree_bench.measuring import profiling
 from padfree_bench.measuring.cases import DTYPES, choose_dtypes
 from padfree_bench.measuring.clocks import Watch
+from padfree_bench.measuring.errors import first_line
 from padfree_bench.measuring.lengths import imdb_lengths
 from padfree_bench.measuring.machine import pick_device
 from padfree_bench.measuring.results import NOT_RUN, OK, Result, Row
@@ -24,7 +25,7 @@ from padfree_bench.measuring.timing import Call, Effort, measure
 from padfree_bench.peers.base import Refused
 from padfree_bench.suites.encoder import check_padfree
 from padfree_bench.suites.models import Batch, Gate, make_batch, make_edge_loud
-from padfree_bench.suites.session import Session, first_line
+from padfree_bench.suites.session import Session
 
 MAX_LENGTH = 400
 PRESETS: dict[str, dict[str, Any]] = {
