@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from padfree_bench.measuring import results as files
+from padfree_bench.measuring.cases import SUITES
 from padfree_bench.measuring.machine import busy
 from padfree_bench.measuring.results import NOT_RUN, RESULTS, Result, Row, counted, grouped, load
 from padfree_bench.reports import plots, readme, standing
@@ -59,6 +60,7 @@ def render(results: list[tuple[str, Result]], pictures: dict[str, list[Path]]) -
         suites=suites,
         pictures=pictures,
         files=files,
+        suite_summaries=SUITES,
         standing=standing,
         shape_of=plots.shape_of,
         tables=tables,
