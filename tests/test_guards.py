@@ -15,6 +15,7 @@ from imdb_classifier.checkpoints import checkpoint, weights
 from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.modeling import TextClassifier
 from imdb_classifier.training import guards, loop
+from imdb_classifier.training.run import Run, RunState
 from tiny_reviews import train_arguments, write_reviews
 from tiny_runs import STEPS_AN_EPOCH, assert_same_run
 
@@ -157,7 +158,7 @@ def test_weights_that_became_infinite_are_not_saved(
     models: list[TextClassifier] = []
     original = loop.check_finite
 
-    def remember(run: loop.Run, *arguments: Any) -> None:
+    def remember(run: Run, *arguments: Any) -> None:
         models[:] = [run.bare_model]
         original(run, *arguments)
 
@@ -179,12 +180,12 @@ def test_fp16_overflows_are_searched_for_a_scale_but_not_forever(tmp_path: Path)
         ),
         optimizer=None,
         bare_model=module,
-        state=loop.RunState(),
+        state=RunState(),
         folder=tmp_path,
     )
     for _ in range(guards.MAX_SKIPPED_STEPS):
         guards.check_finite(run, torch.tensor(0.7), torch.arange(2))
         # A run that is resumed counts on.
-        run.state = loop.RunState.from_json(run.state.to_json())
+        run.state = RunState.from_json(run.state.to_json())
     with pytest.raises(guards.NonFiniteError, match="gradient norm is inf"):
         guards.check_finite(run, torch.tensor(0.7), torch.arange(2))

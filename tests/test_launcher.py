@@ -17,7 +17,7 @@ import torch
 from imdb_classifier.checkpoints import checkpoint, weights
 from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.messages import UserError
-from imdb_classifier.training import inference, launcher
+from imdb_classifier.training import launcher
 from tiny_reviews import train_arguments
 from tiny_runs import SOURCES, assert_same_run, contents
 
@@ -147,7 +147,7 @@ def test_torch_compile_turns_no_tf32_on(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(accelerate, "Accelerator", as_on_a_gpu)
     before = torch.backends.cuda.matmul.allow_tf32
-    inference.make_accelerator("fp32", cpu=True)
+    launcher.make_accelerator("fp32", cpu=True)
     after, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, before
     assert (before, after) == (False, False)
 
@@ -202,7 +202,7 @@ def test_an_empty_setting_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, "")
     launcher.check("no")
     assert not [name for name in names if name in os.environ]
-    inference.make_accelerator("fp32", cpu=True)
+    launcher.make_accelerator("fp32", cpu=True)
 
 
 def without_cpu(arguments: list[str]) -> list[str]:

@@ -19,6 +19,8 @@ from imdb_classifier.checkpoints import checkpoint
 from imdb_classifier.commands import train
 from imdb_classifier.messages import UserError
 from imdb_classifier.training import inference, loop
+from imdb_classifier.training.run import Run
+from imdb_classifier.training.setup import check_settings
 from tiny_reviews import train_arguments
 from tiny_runs import SOURCES, STEPS_AN_EPOCH, assert_same_run, contents
 
@@ -112,7 +114,7 @@ def ranked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     original = loop.evaluate_split
 
     def arrange(*accuracies: float, losses: Sequence[float] = ()) -> None:
-        def evaluate_split(run: loop.Run, name: str) -> inference.Evaluation:
+        def evaluate_split(run: Run, name: str) -> inference.Evaluation:
             result, epoch = original(run, name), run.state.position.epoch
             loss = losses[epoch] if losses else result.loss
             return dataclasses.replace(result, accuracy=accuracies[epoch], loss=loss)
@@ -191,11 +193,11 @@ def test_a_best_checkpoint_without_a_successor_leaves_no_dangling_link(
 def test_a_run_is_resumed_with_the_number_of_processes_it_began_with(finished_run: Path) -> None:
     folder = finished_run / "last"
     settings = checkpoint.read_json(folder / checkpoint.STATE_FILE)["settings"]
-    train.check_settings(folder, settings)
+    check_settings(folder, settings)
     with pytest.raises(UserError, match="cannot resume: the number of processes was 1, now is 2"):
-        train.check_settings(folder, settings | {"processes": 2})
+        check_settings(folder, settings | {"processes": 2})
     with pytest.raises(UserError, match="was written by another version"):
-        train.check_settings(folder, settings | {"unheard_of": 2})
+        check_settings(folder, settings | {"unheard_of": 2})
 
 
 def in_a_child(work: Callable[[], int]) -> int:

@@ -19,7 +19,7 @@ from imdb_classifier.configuration import PRESETS, TextClassifierConfig
 from imdb_classifier.data.batches import TokenizedReviews
 from imdb_classifier.messages import UserError
 from imdb_classifier.modeling import TextClassifier
-from imdb_classifier.training import guards, inference, reporting
+from imdb_classifier.training import guards, inference, launcher, reporting
 from tiny_reviews import make_rows, train_arguments, write_csv, write_reviews
 from tiny_runs import SOURCES, log_without_clock
 
@@ -140,10 +140,9 @@ def test_a_prediction_does_not_depend_on_the_batch_it_is_in(finished_run: Path, 
     data = TokenizedReviews.from_lists(
         tokenizer(texts, truncation=True, max_length=24)["input_ids"], [0] * len(texts)
     )
-    accelerator = inference.make_accelerator("fp32", cpu=True)
+    accelerator = launcher.make_accelerator("fp32", cpu=True)
     alone, *batched = (
-        inference.evaluate(model, data, accelerator, batch_size=size, pad_token_id=0).z
-        for size in (1, 2, 7, 16, 60)
+        inference.evaluate(model, data, accelerator, batch_size=size).z for size in (1, 2, 7, 16, 60)
     )
     for z in batched:
         torch.testing.assert_close(z, alone, rtol=0, atol=2e-6)

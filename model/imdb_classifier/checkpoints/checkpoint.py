@@ -46,6 +46,9 @@ class Position:
     def folder_name(self) -> str:
         return f"epoch-{self.epoch:04d}-batch-{self.batch:06d}"
 
+    def folder_in(self, run_folder: Path) -> Path:
+        return run_folder / CHECKPOINTS / self.folder_name
+
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make `folder` with what `fill` writes into it and a manifest, so that it appears complete or not at all.
@@ -167,7 +170,7 @@ def newest_intact(run_folder: Path) -> Path:
         UserError: there is none.
     """
     for position in reversed(positions(run_folder)):
-        folder = run_folder / CHECKPOINTS / position.folder_name
+        folder = position.folder_in(run_folder)
         try:
             verify(folder)
         except UserError as error:
@@ -223,7 +226,7 @@ def settle(run_folder: Path, last: Position, best: Position | None) -> None:
     _point_to(run_folder, "last", last)
     _point_to(run_folder, "best", best)
     for position in positions(run_folder)[: -1 - KEPT_BEHIND_LAST]:
-        folder = run_folder / CHECKPOINTS / position.folder_name
+        folder = position.folder_in(run_folder)
         if position != best and not holds_other_files(folder):
             remove(folder)
     for pattern in (f"{CHECKPOINTS}/.building-*", f"{CHECKPOINTS}/.deleting-*", ".deleting-*"):
@@ -253,7 +256,7 @@ def drop_after(run_folder: Path, position: Position) -> None:
     """Delete the checkpoints that are newer than `position`."""
     for later in positions(run_folder):
         if later > position:
-            remove(run_folder / CHECKPOINTS / later.folder_name)
+            remove(later.folder_in(run_folder))
 
 
 def other_version(folder: Path) -> UserError:

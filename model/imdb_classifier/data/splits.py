@@ -58,8 +58,7 @@ def load_split(
     """
     splits, source = read_source(names, reading), " ".join(names)
     if wanted == "all":
-        parts = splits.values()
-        splits = {"all": Split([t for p in parts for t in p.texts], [n for p in parts for n in p.labels])}
+        splits = {"all": Split.joined(splits.values())}
     if "train" in splits or wanted not in splits:
         return complete_splits(splits, source, limit).split(wanted)
     _check_labels(splits, source)
@@ -83,9 +82,8 @@ def complete_splits(splits: dict[str, Split], source: str, limit: int | None = N
         if name not in splits:
             before = len(splits["train"])
             splits["train"], splits[name] = _carve(splits["train"], fraction, source)
-            notes.append(
-                f"no {name} split: {len(splits[name]):,} of {before:,} training reviews held out (fixed seed)"
-            )
+            carved = f"{len(splits[name]):,} of {before:,}"
+            notes.append(f"no {name} split: {carved} training reviews held out (fixed seed)")
     _warn_of_leaks(splits)
     if limit is not None:
         splits = {name: _limit(split, limit) for name, split in splits.items()}
@@ -107,16 +105,11 @@ def _carve(split: Split, fraction: float, source: str) -> tuple[Split, Split]:
         rows = [row for row, other in enumerate(split.labels) if other == label]
         once = [row for row in rows if occurrences[split.texts[row]] == 1]
         if len(once) < 2:
-            raise UserError(
-                f"{source}: {len(once)} different training reviews have label {label}, "
-                "expected at least 2 to hold one out"
-            )
+            found = f"{len(once)} different training reviews have label {label}"
+            raise UserError(f"{source}: {found}, expected at least 2 to hold one out")
         wanted = min(max(1, int(len(rows) * fraction)), len(once) // 2)
         held_out.update(random.Random(SPLIT_SEED + label).sample(once, wanted))
-    return (
-        split.take(row for row in range(len(split)) if row not in held_out),
-        split.take(sorted(held_out)),
-    )
+    return split.take(row for row in range(len(split)) if row not in held_out), split.take(sorted(held_out))
 
 
 def _limit(split: Split, limit: int) -> Split:

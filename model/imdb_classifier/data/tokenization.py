@@ -8,18 +8,13 @@ from imdb_classifier.data.hub import missing_from_hub, prepare_hub
 from imdb_classifier.messages import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 TRAIN = "train"
 # Each id is a row of the embedding; the largest vocabularies in use stay below.
 MAX_IDS = 1_000_000
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
 def load_tokenizer(name: str, max_length: int) -> "PreTrainedTokenizerFast":
@@ -28,16 +23,18 @@ def load_tokenizer(name: str, max_length: int) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: there is none, or it does not fit the classifier (see `check_tokenizer`).
     """
-    is_local = Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
-    if is_local and not (Path(name).expanduser() / "tokenizer.json").is_file():
+    folder = Path(name).expanduser()
+    is_local = folder.exists() or name.startswith((".", "/", "~"))
+    if is_local and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{name}: holds no tokenizer.json, expected the folder of a saved fast tokenizer")
     reachable = is_local or prepare_hub()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        location = str(Path(name).expanduser()) if is_local else name
         tokenizer = AutoTokenizer.from_pretrained(
-            location, local_files_only=is_local or not reachable, trust_remote_code=False
+            str(folder) if is_local else name,
+            local_files_only=is_local or not reachable,
+            trust_remote_code=False,
         )
     except Exception as error:
         # tokenizers raises a bare Exception for a broken tokenizer.json.
@@ -62,16 +59,14 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int, max_length: int)
     the order of a hash map and breaks ties by these numbers. So a first pass finds the alphabet, and a second one
     gets it sorted, in the place of special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import decoders, processors
     from transformers import PreTrainedTokenizerFast
 
     specials = list(SPECIAL_TOKENS.values())
     alphabet = sorted(set(_train_vocabulary(texts, 0, specials)) - set(specials))
     vocabulary = _train_vocabulary(texts, vocabulary_size, specials + alphabet)
 
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = _word_pieces(vocabulary)
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -83,15 +78,22 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int, max_length: int)
 
 def _train_vocabulary(texts: Sequence[str], size: int, first: list[str]) -> dict[str, int]:
     """WordPiece entries and their ids; `first` get the first ids, and the alphabet is in whatever the size."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = _word_pieces()
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return vocabulary
+
+
+def _word_pieces(vocabulary: dict[str, int] | None = None) -> "Tokenizer":
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], max_length: int) -> list[list[int]]:

@@ -7,6 +7,8 @@ what a command computes must be one of the command's own options, since those ar
 import os
 from typing import TYPE_CHECKING
 
+import torch
+
 from imdb_classifier.messages import UserError, note
 
 if TYPE_CHECKING:
@@ -45,42 +47,49 @@ CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERAT
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PROCESS_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
-# Without effect on a command's result, by name or by beginning: they qualify a setting that is refused, or concern
-# messages, libraries that are not used, and how processes reach each other.
+# Without effect on a command's result, by name or by beginning.
 INERT = (
-    "ACCELERATE_ALLOW_CP_STANDALONE",
-    "ACCELERATE_BYPASS_DEVICE_MAP",
-    "ACCELERATE_CONFIG_DS_FIELDS",
-    "ACCELERATE_DEBUG_RDV_FILE",
-    "ACCELERATE_DEEPSPEED_",
-    "ACCELERATE_FP8_",
-    "ACCELERATE_INIT_INCLUDE_BUFFERS",
-    "ACCELERATE_LOG_LEVEL",
-    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE",
-    "CLEARML_",
-    "CUDA_VISIBLE_DEVICES",
-    "DEEPSPEED_",
-    "FORK_LAUNCHED",
-    "FP8_",
-    "FSDP_",
-    "LOCAL_",
-    "MASTER_",
-    "MEGATRON_LM_",
-    "MLFLOW_",
-    "MPI_",
-    "MV2_COMM_WORLD_",
-    "NCCL_",
-    "OMPI_COMM_WORLD_",
-    "OMP_NUM_THREADS",
-    "PARALLELISM_CONFIG_",
-    "PMI_RANK",
-    "PT_HPU_",
-    "PYTORCH_",
-    "RANK",
-    "USE_TORCH_XLA",
-    "XLA_",
-    "systemdrive",
+    # They qualify a setting that is refused.
+    *("ACCELERATE_ALLOW_CP_STANDALONE", "ACCELERATE_BYPASS_DEVICE_MAP", "ACCELERATE_CONFIG_DS_FIELDS"),
+    *("ACCELERATE_DEEPSPEED_", "ACCELERATE_FP8_", "ACCELERATE_INIT_INCLUDE_BUFFERS", "DEEPSPEED_"),
+    *("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "FP8_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_"),
+    # They concern messages, and libraries that are not used.
+    *("ACCELERATE_LOG_LEVEL", "CLEARML_", "MLFLOW_", "PT_HPU_", "USE_TORCH_XLA", "XLA_", "systemdrive"),
+    # They say how processes start, and how they reach each other.
+    *("ACCELERATE_DEBUG_RDV_FILE", "CUDA_VISIBLE_DEVICES", "FORK_LAUNCHED", "LOCAL_", "MASTER_", "MPI_"),
+    *("MV2_COMM_WORLD_", "NCCL_", "OMPI_COMM_WORLD_", "OMP_NUM_THREADS", "PMI_RANK", "PYTORCH_", "RANK"),
 )
+
+
+def make_accelerator(precision: str, cpu: bool) -> "Accelerator":
+    """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes.
+
+    Raises:
+        UserError: the precision cannot run here, or what a launcher has set in the environment cannot be served.
+    """
+    mixed_precision = "no" if precision == "fp32" else precision
+    check(mixed_precision)
+    # Only after the check, which takes away what accelerate would misread.
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    # accelerate looks for processes on the CPU only where it is told to stay there.
+    alone_or_on_gpus = process_count() == 1 or torch.accelerator.is_available()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=cpu or not alone_or_on_gpus,
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+        )
+    except (ValueError, ImportError, torch.distributed.DistError) as error:
+        refused = "accelerate" if precision == "fp32" else f"precision {precision}"
+        raise UserError(f"{refused} cannot run here: {str(error).splitlines()[0]}") from None
+    # accelerate turns it on beside torch.compile; --precision fp32 is no TF32.
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    check_processes(accelerator)
+    say_what_was_taken(accelerator, cpu)
+    return accelerator
 
 
 def is_known(name: str) -> bool:
