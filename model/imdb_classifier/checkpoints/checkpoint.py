@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,11 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     building.mkdir()
     try:
         fill(building)
-        names = sorted(path.name for path in building.iterdir())
-        for name in names:
-            _flush(building / name)
-        (building / MANIFEST).write_bytes(
-            _manifest_bytes({name: sha256_of(building / name) for name in names})
-        )
-        _flush(building / MANIFEST)
-        _flush(building)
-        if folder.exists():
-            remove(folder)
+        files = {path.name: sha256_of(path) for path in building.iterdir()}
+        (building / MANIFEST).write_bytes(_manifest_bytes(files))
+        for path in (*building.iterdir(), building):
+            _flush(path)
+        remove(folder)
         os.rename(building, folder)
         _flush(folder.parent)
     except BaseException:
@@ -101,18 +96,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest_bytes(files: Mapping[str, str]) -> bytes:
-    body = {"format": FORMAT, "files": dict(files)}
+def _manifest_bytes(files: dict[str, str]) -> bytes:
+    body = {"format": FORMAT, "files": files}
     seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**body, "sha256": seal}, sort_keys=True, indent=1) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a checkpoint, by its name.
-
-    Raises:
-        UserError: there is no manifest, or it is not as it was written.
-    """
+    """The SHA-256 of each file of a checkpoint, by its name; UserError unless its manifest is as it was written."""
     try:
         written = (folder / MANIFEST).read_bytes()
         files = json.loads(written)["files"]
@@ -128,11 +119,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def verify(folder: Path) -> None:
-    """Check every byte of a checkpoint against its manifest; other files beside it are not looked at.
-
-    Raises:
-        UserError: a file is missing or changed, or the manifest itself is not as written.
-    """
+    """Raise UserError unless every byte of a checkpoint is as its manifest says; other files are not looked at."""
     for name, expected in sorted(read_manifest(folder).items()):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is missing, the checkpoint is damaged")
@@ -164,11 +151,7 @@ def positions(run_folder: Path) -> list[Position]:
 
 
 def newest_intact(run_folder: Path) -> Path:
-    """The newest checkpoint that passes `verify`, with a warning for each newer one that does not.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The newest checkpoint that passes `verify`, with a warning for each newer one; UserError if there is none."""
     for position in reversed(positions(run_folder)):
         folder = position.folder_in(run_folder)
         try:
@@ -250,13 +233,6 @@ def _point_to(run_folder: Path, link: str, position: Position | None) -> None:
         # A file system without links; `led_to` reads the text of one as well.
         temporary.write_text(target, encoding="utf-8")
     os.replace(temporary, run_folder / link)
-
-
-def drop_after(run_folder: Path, position: Position) -> None:
-    """Delete the checkpoints that are newer than `position`."""
-    for later in positions(run_folder):
-        if later > position:
-            remove(later.folder_in(run_folder))
 
 
 def other_version(folder: Path) -> UserError:

@@ -15,11 +15,7 @@ CONTENTS = (CHECKPOINTS, *LINKS, "tensorboard", "metrics.jsonl", "curves.png", "
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix two runs in one folder, and to resume where there is none; deletes nothing.
-
-    Raises:
-        UserError: what stands in `folder` and the two options do not go together.
-    """
+    """Raise UserError rather than mix two runs in one folder, or resume where there is none; deletes nothing."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, expected a folder for the run")
     check_links(folder)
@@ -41,20 +37,16 @@ def copies(run_folder: Path) -> list[Path]:
 
 
 def check_links(run_folder: Path) -> None:
-    """Refuse a run folder in which something that may be the user's stands in the place of a link.
+    """Raise UserError where something that may be the user's stands in the place of a link.
 
-    Raises:
-        UserError: it is neither a link, nor the text of one, nor an intact checkpoint without other files in it.
+    That is what is neither a link, nor the text of one, nor an intact checkpoint without other files in it.
     """
     for copy in copies(run_folder):
         if not checkpoint.is_intact(copy) or checkpoint.holds_other_files(copy):
             raise UserError(f"{copy}: is a folder that is not just an intact checkpoint, move it away")
     for place in _link_places(run_folder):
-        if (
-            place.is_file()
-            and not place.is_symlink()
-            and not checkpoint.LINK.fullmatch(checkpoint.written_in(place))
-        ):
+        is_text = place.is_file() and not place.is_symlink()
+        if is_text and not checkpoint.LINK.fullmatch(checkpoint.written_in(place)):
             raise UserError(f"{place}: is a file, expected a link to a checkpoint; move it away")
 
 
@@ -69,12 +61,10 @@ def adopt_copies(run_folder: Path) -> None:
     check_links(run_folder)
     for copy in copies(run_folder):
         try:
-            position = checkpoint.Position(
-                **checkpoint.read_json(copy / checkpoint.STATE_FILE)["state"]["position"]
-            )
+            state = checkpoint.read_json(copy / checkpoint.STATE_FILE)["state"]
+            own = checkpoint.Position(**state["position"]).folder_in(run_folder)
         except (KeyError, TypeError):
             raise checkpoint.other_version(copy) from None
-        own = run_folder / CHECKPOINTS / position.folder_name
         if not checkpoint.is_intact(own):
             if own.is_dir() and checkpoint.holds_other_files(own, like=copy):
                 raise UserError(f"{own}: is damaged and holds other files than a checkpoint's, move it away")
@@ -89,20 +79,15 @@ def adopt_copies(run_folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it for this process alone, until the end of the block or of the process.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Make `folder` and hold it, until the block or the process ends; UserError where another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("w") as file:
         try:
             # Not flock, whose lock the loader's workers would inherit and hold beyond the death of this process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"{folder}: another command is training in it, pass another --output-dir"
-            ) from None
+            fault = f"{folder}: another command is training in it, pass another --output-dir"
+            raise UserError(fault) from None
         yield
 
 

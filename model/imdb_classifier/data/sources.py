@@ -75,9 +75,8 @@ def _find_files(folder: Path, reading: Reading) -> list[Path]:
         UserError: there is nothing, or it does not say which files make up a split.
     """
     for pattern in ("*", "*/*"):
-        visible = sorted(
-            path for path in folder.glob(pattern) if not any(map(is_hidden, path.relative_to(folder).parts))
-        )
+        paths = sorted(folder.glob(pattern))
+        visible = [path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts))]
         split_of = {path: _split_of(path) for path in visible}
         files = [path for path in visible if split_of[path] is not None]
         if files:
@@ -95,23 +94,19 @@ def _find_files(folder: Path, reading: Reading) -> list[Path]:
 
 
 def _check_parts(name: str, files: Sequence[Path]) -> None:
-    """Refuse files of which one may be a copy of another: parts are of one form and none is called the whole.
-
-    Raises:
-        UserError: they are not parts of one split, or a numbered part is missing or there twice.
-    """
+    """Raise UserError unless files are the parts of one split, each there once, and none a copy of others."""
+    names = ", ".join(map(str, files))
     whole = [path for path in files if _stem(path) in SPLIT_OF_STEM]
     kinds = {(path.parent, path.name.lower().endswith(".gz"), form_of(path)) for path in files}
     if len(files) > 1 and (whole or len(kinds) > 1):
         raise UserError(
-            f"{', '.join(map(str, files))}: each could be the {name} split, expected one file or parts of one form "
+            f"{names}: each could be the {name} split, expected one file or parts of one form "
             "(train-00000-of-00002.csv, ...); name the files to read after --dataset"
         )
     numbered = [(int(match[1]), int(match[2])) for path in files if (match := _SHARD.search(path.name))]
     if numbered and sorted(numbered) != [(number, len(files)) for number in range(len(files))]:
-        raise UserError(
-            f"{', '.join(map(str, files))}: expected each of the {numbered[0][1]:,} parts of the {name} split once"
-        )
+        count = numbered[0][1]
+        raise UserError(f"{names}: expected each of the {count:,} parts of the {name} split once")
 
 
 def _stem(path: Path) -> str:

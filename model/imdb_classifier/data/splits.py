@@ -26,14 +26,13 @@ class Reviews:
     test: Split
     notes: list[str]
 
-    def split(self, name: str) -> Split:
-        chosen: Split = getattr(self, name)
-        return chosen
+    def by_name(self) -> dict[str, Split]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def fingerprint(self) -> str:
         """SHA-256 over every text and label, in order."""
         digest = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
+        for split in self.by_name().values():
             digest.update(json.dumps([split.texts, split.labels]).encode())
         return digest.hexdigest()
 
@@ -60,7 +59,7 @@ def load_split(
     if wanted == "all":
         splits = {"all": Split.joined(splits.values())}
     if "train" in splits or wanted not in splits:
-        return complete_splits(splits, source, limit).split(wanted)
+        return complete_splits(splits, source, limit).by_name()[wanted]
     _check_labels(splits, source)
     return splits[wanted] if limit is None else _limit(splits[wanted], limit)
 

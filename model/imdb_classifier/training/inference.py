@@ -2,22 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from imdb_classifier.attention import choose_attention
 from imdb_classifier.data.batches import ReviewBatches, TokenizedReviews, make_loader
 from imdb_classifier.messages import NonFiniteError, UserError
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_attention(name: str, accelerator: "Accelerator", precision: str) -> tuple[str, str]:
+def resolve_attention(name: str, accelerator: Accelerator, precision: str) -> tuple[str, str]:
     """(name, reason) of the attention that will run; an explicit name that cannot run is a UserError."""
     try:
         return choose_attention(name, accelerator.device, DTYPES[precision])
@@ -38,7 +35,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     data: TokenizedReviews,
-    accelerator: "Accelerator",
+    accelerator: Accelerator,
     *,
     batch_size: int,
     workers: int = 0,

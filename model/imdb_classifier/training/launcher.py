@@ -5,14 +5,12 @@ what a command computes must be one of the command's own options, since those ar
 """
 
 import os
-from typing import TYPE_CHECKING
 
+import accelerate
 import torch
+from accelerate.utils import DataLoaderConfiguration
 
 from imdb_classifier.messages import UserError, note
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 ON = ("1", "on", "t", "true", "y", "yes")
 OFF = ("0", "off", "f", "false", "n", "no")
@@ -61,7 +59,7 @@ INERT = (
 )
 
 
-def make_accelerator(precision: str, cpu: bool) -> "Accelerator":
+def make_accelerator(precision: str, cpu: bool) -> accelerate.Accelerator:
     """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes.
 
     Raises:
@@ -69,15 +67,11 @@ def make_accelerator(precision: str, cpu: bool) -> "Accelerator":
     """
     mixed_precision = "no" if precision == "fp32" else precision
     check(mixed_precision)
-    # Only after the check, which takes away what accelerate would misread.
-    from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration
-
     tf32 = torch.backends.cuda.matmul.allow_tf32
     # accelerate looks for processes on the CPU only where it is told to stay there.
     alone_or_on_gpus = process_count() == 1 or torch.accelerator.is_available()
     try:
-        accelerator = Accelerator(
+        accelerator = accelerate.Accelerator(
             mixed_precision=mixed_precision,
             cpu=cpu or not alone_or_on_gpus,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -149,7 +143,7 @@ def process_count() -> int:
     return max((int(os.environ[name]) for name in PROCESS_COUNTS if name in os.environ), default=1)
 
 
-def check_processes(accelerator: "Accelerator") -> None:
+def check_processes(accelerator: accelerate.Accelerator) -> None:
     """Raise UserError where the processes of a launcher have not found each other: each would do the whole work."""
     started = process_count()
     if started > 1 and accelerator.num_processes == 1:
@@ -159,7 +153,7 @@ def check_processes(accelerator: "Accelerator") -> None:
         )
 
 
-def say_what_was_taken(accelerator: "Accelerator", cpu: bool) -> None:
+def say_what_was_taken(accelerator: accelerate.Accelerator, cpu: bool) -> None:
     """A note on standard error for each setting that changes how the command computes; `cpu` is --cpu."""
     if not accelerator.is_main_process:
         return

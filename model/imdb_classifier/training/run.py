@@ -8,19 +8,17 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from imdb_classifier.checkpoints.checkpoint import Position
 from imdb_classifier.data.batches import TokenizedReviews
 from imdb_classifier.modeling import TextClassifier
 from imdb_classifier.training.reporting import Reporter
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass
@@ -91,10 +89,10 @@ class Run:
     options: Namespace
     settings: dict[str, Any]
     attention: str
-    accelerator: "Accelerator"
+    accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: PreTrainedTokenizerFast
     data: dict[str, TokenizedReviews]
     stop: StopRequest = field(default_factory=StopRequest)
     reporter: Reporter = field(init=False)

@@ -63,7 +63,9 @@ def restore(run: Run, folder: Path) -> None:
     choose_best_again(run)
     if run.accelerator.is_main_process:
         # What stands after it is damaged, or it would have been chosen.
-        checkpoint.drop_after(run.folder, run.state.position)
+        for position in checkpoint.positions(run.folder):
+            if position > run.state.position:
+                checkpoint.remove(position.folder_in(run.folder))
         # The run may have been killed between its save and this.
         checkpoint.settle(run.folder, run.state.position, run.state.best)
 

@@ -2,9 +2,11 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerFast
 
 from imdb_classifier.checkpoints import checkpoint, run_folder, weights
 from imdb_classifier.configuration import PRESETS, TextClassifierConfig
@@ -17,10 +19,6 @@ from imdb_classifier.training import guards, saving
 from imdb_classifier.training.inference import resolve_attention
 from imdb_classifier.training.run import Run
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedTokenizerFast
-
 # They decide a run's result, so a resumed run must repeat them; how it is computed may change.
 DECIDING_OPTIONS = (
     *("dataset", "text_column", "label_column", "limit", "tokenizer", "vocabulary_size", "max_length"),
@@ -28,7 +26,7 @@ DECIDING_OPTIONS = (
 )
 
 
-def assemble(options: Namespace, reviews: Reviews, accelerator: "Accelerator") -> Run:
+def assemble(options: Namespace, reviews: Reviews, accelerator: Accelerator) -> Run:
     """Build model, optimizer and data, fresh or from the newest intact checkpoint."""
     attention, reason = resolve_attention(options.attention, accelerator, options.precision)
     settings = {name: getattr(options, name) for name in DECIDING_OPTIONS}
@@ -43,8 +41,8 @@ def assemble(options: Namespace, reviews: Reviews, accelerator: "Accelerator") -
         model, tokenizer = weights.load_classifier(resumed_from, attention, check=False)
     with accelerator.main_process_first():
         data = {
-            name: tokenize(reviews.split(name), tokenizer, options.max_length, options.cache_dir)
-            for name in ("train", "validation", "test")
+            name: tokenize(split, tokenizer, options.max_length, options.cache_dir)
+            for name, split in reviews.by_name().items()
         }
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
@@ -67,7 +65,7 @@ def assemble(options: Namespace, reviews: Reviews, accelerator: "Accelerator") -
     return run
 
 
-def _find_checkpoint(folder: Path, accelerator: "Accelerator") -> Path:
+def _find_checkpoint(folder: Path, accelerator: Accelerator) -> Path:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             run_folder.adopt_copies(folder)
@@ -76,7 +74,7 @@ def _find_checkpoint(folder: Path, accelerator: "Accelerator") -> Path:
 
 def new_classifier(
     options: Namespace, reviews: Reviews, attention: str
-) -> tuple[TextClassifier, "PreTrainedTokenizerFast"]:
+) -> tuple[TextClassifier, PreTrainedTokenizerFast]:
     if options.tokenizer == tokenization.TRAIN:
         texts = reviews.train.texts
         tokenizer = tokenization.train_tokenizer(texts, options.vocabulary_size, options.max_length)
