@@ -8,6 +8,7 @@ name runs here ("eager", "sdpa", "flex_attention", "padfree" once registered) th
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
@@ -49,7 +50,7 @@ def eager_attention_forward(
             scores = scores + attention_mask.masked_fill(hidden, 0)
         # The second selection clears the NaN that softmax leaves in a row without keys.
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).masked_fill(hidden, 0)
-    weights = nn.functional.dropout(weights, dropout, module.training)
+    weights = F.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -243,10 +244,8 @@ class TextClassifier(PreTrainedModel):
         if attention_mask is None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
 
-        x = (
-            self.embedding(input_ids) * cast(int, self.config.input_dim) ** 0.5
-            + self.pos_encoding[:, :length]
-        )
+        width = cast(int, self.config.input_dim)
+        x = self.embedding(input_ids) * width**0.5 + self.pos_encoding[:, :length]
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
         x = self.layers(x, mask, first_row_only=self.config.cls_only_last_layer)
         z = self.classification(x[:, 0])
@@ -254,9 +253,7 @@ class TextClassifier(PreTrainedModel):
         loss = None
         if labels is not None:
             # In fp32 whatever the model's precision: a half-precision exp and log would round the loss.
-            loss = nn.functional.binary_cross_entropy_with_logits(
-                z.flatten().float(), labels.flatten().float()
-            )
+            loss = F.binary_cross_entropy_with_logits(z.flatten().float(), labels.flatten().float())
         logits = z if self.config.num_labels == 1 else torch.cat([-z / 2, z / 2], dim=-1)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

@@ -53,10 +53,8 @@ def check_links(run_folder: Path) -> None:
 def adopt_copies(run_folder: Path) -> None:
     """Make way for links where `best` and `last` are folders; no intact checkpoint is lost by it.
 
-    A copy whose checkpoint is missing or damaged among the run's own takes its place, any other goes.
-
-    Raises:
-        UserError: as `check_links`, or a copy is of another run.
+    A copy whose checkpoint is missing or damaged among the run's own takes its place, any other goes. Raises UserError
+    as `check_links` does, and where a copy is of another run.
     """
     check_links(run_folder)
     for copy in copies(run_folder):

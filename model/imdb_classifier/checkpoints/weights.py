@@ -64,10 +64,7 @@ def load_classifier(
 
     A folder with a manifest is verified first (`check`), and only the files it lists are read; one without, saved
     by `save_pretrained`, gets a warning. Names, shapes and dtypes are compared with the configuration before any
-    weight is allocated.
-
-    Raises:
-        UserError: something is missing, damaged, or does not fit together.
+    weight is allocated; UserError where something is missing, damaged, or does not fit together.
     """
     if (folder / MANIFEST).exists():
         if check:

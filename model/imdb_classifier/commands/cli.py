@@ -30,6 +30,18 @@ MAX_VOCABULARY = 1_000_000
 MAX_LEARNING_RATE = 1e30
 
 
+# What the libraries read when they are imported, unless the user has set it.
+ENVIRONMENT = {
+    # Threads of torch that wait by spinning starve each other on a busy machine.
+    "OMP_WAIT_POLICY": "passive",
+    # Chatter of the libraries stays off standard error, where the user looks for our one line.
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage text in front, and whose help names the defaults."""
 
@@ -141,7 +153,8 @@ def run_command(
         arguments = parser.parse_args(argv)
     except SystemExit as exit_request:
         return int(exit_request.code or 0)
-    _set_environment()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A letter that the terminal cannot show is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -163,7 +176,9 @@ def run_command(
     except OSError as error:
         if error.errno is None:
             raise
-        status, message = 2, _describe_os_error(error)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        hint = "; free some space and resume" if error.errno == errno.ENOSPC else ""
+        status, message = 2, f"{where}{error.strerror}{hint}"
     except Exception as error:
         # torch.compile, which a launcher may ask for, fails with types of its own.
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -183,33 +198,8 @@ def _describe_missing_packages(error: ModuleNotFoundError) -> str:
     except metadata.PackageNotFoundError:
         lines = []
     # e.g. "torch<2.14,>=2.11" or "tqdm; extra == 'train'"
-    needed = [
-        re.split(r"[^\w.-]", line)[0]
-        for line in lines
-        if "extra ==" not in line or re.search("extra == .train", line)
-    ]
+    own = [line for line in lines if "extra ==" not in line or re.search("extra == .train", line)]
+    needed = [re.split(r"[^\w.-]", line)[0] for line in own]
     missing = {name for name in needed if util.find_spec(name) is None} | {(error.name or "").split(".")[0]}
-    return (
-        f"needs the Python package{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}: "
-        "pip install -e '.[train]' in the repository of padfree"
-    )
-
-
-def _describe_os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename is not None else ""
-    hint = "; free some space and resume" if error.errno == errno.ENOSPC else ""
-    return f"{where}{error.strerror}{hint}"
-
-
-def _set_environment() -> None:
-    """What the libraries read when they are imported, unless the user has set it."""
-    for name, value in {
-        # Threads of torch that wait by spinning starve each other on a busy machine.
-        "OMP_WAIT_POLICY": "passive",
-        # Chatter of the libraries stays off standard error, where the user looks for our one line.
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "true",
-    }.items():
-        os.environ.setdefault(name, value)
+    packages = f"package{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}"
+    return f"needs the Python {packages}: pip install -e '.[train]' in the repository of padfree"

@@ -114,11 +114,7 @@ class Source(NamedTuple):
 
 
 def source_of(folder: Path) -> Source:
-    """What a checkpoint was trained on.
-
-    Raises:
-        UserError: the checkpoint does not say.
-    """
+    """What a checkpoint was trained on; UserError where it does not say."""
     from imdb_classifier.checkpoints.checkpoint import STATE_FILE, read_json
 
     file = folder / STATE_FILE

@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_texts(options: argparse.Namespace) -> dict[int, str]:
     """The reviews from the one place that was named, by line or by place among the arguments, both from 1.
 
-    Raises:
-        UserError: two places or none were named, or a line is not a review.
+    Raises UserError where two places or none were named, or a line is not a review.
     """
     from imdb_classifier.data.rows import check_text
 

@@ -38,8 +38,7 @@ def labelled_folders(path: Path) -> list[Path]:
 def read_file(path: Path, reading: Reading) -> Split:
     """Read and check one file with a column of texts and one of labels, or one folder with pos and neg.
 
-    Raises:
-        UserError: it is none of the forms, cannot be read, or holds what is no review.
+    Raises UserError if it is none of the forms, cannot be read, or holds what is no review.
     """
     if folders := labelled_folders(path):
         reading.refuse_columns(str(path))

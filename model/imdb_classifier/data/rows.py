@@ -25,10 +25,9 @@ _MISSING_LABELS = ("", "nan", "null", "-1", "-1.0")
 
 
 def read_label(label: Any) -> int | None:
-    """0 or 1, or None where there is no label: null, NaN, "" or -1. Upper case and white space around do not count.
+    """0 or 1, or None where there is no label: null, NaN, "" or -1; ValueError for anything else.
 
-    Raises:
-        ValueError: the label is none of those.
+    Upper case and white space around do not count.
     """
     written = str(label).strip().lower() if isinstance(label, str | int | float) else "of another type"
     if label is None or written in _MISSING_LABELS:
@@ -92,11 +91,7 @@ class Reading:
     _skipped: list[str] = field(default_factory=list)
 
     def columns(self, where: str, names: Sequence[str]) -> tuple[str, str]:
-        """Which of a file's columns hold the texts and the labels.
-
-        Raises:
-            UserError: there is no such column, or two of one name.
-        """
+        """Which of a file's columns hold the texts and the labels; UserError unless there is one of each."""
         text = _column(where, names, "--text-column", self.text_column, TEXT_COLUMNS)
         label = _column(where, names, "--label-column", self.label_column, LABEL_COLUMNS)
         if text == label:
@@ -119,8 +114,7 @@ class Reading:
     def split(self, name: str, rows: Iterable[Row]) -> Split:
         """The reviews of one file, folder or Hub split.
 
-        Raises:
-            UserError: a row cannot be used, more than half have no text or no label, or there are none.
+        Raises UserError if a row cannot be used, more than half have no text or no label, or there are none.
         """
         rows, split, skipped = list(rows), Split(), list[str]()
         for where, text, label in rows:

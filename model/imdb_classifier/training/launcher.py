@@ -62,8 +62,7 @@ INERT = (
 def make_accelerator(precision: str, cpu: bool) -> accelerate.Accelerator:
     """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes.
 
-    Raises:
-        UserError: the precision cannot run here, or what a launcher has set in the environment cannot be served.
+    Raises UserError where the precision cannot run here, or what a launcher set in the environment cannot be served.
     """
     mixed_precision = "no" if precision == "fp32" else precision
     check(mixed_precision)
@@ -92,13 +91,10 @@ def is_known(name: str) -> bool:
 
 
 def check(mixed_precision: str) -> None:
-    """Refuse what the environment asks of accelerate and these commands do not do.
+    """Raise UserError where the environment asks of accelerate what these commands do not do.
 
-    Args:
-        mixed_precision: accelerate's name for what --precision chose.
-
-    Raises:
-        UserError: a setting is refused, contradicts --precision, or is no value of its kind.
+    That is a setting that is refused, or no value of its kind, or contradicts `mixed_precision`, accelerate's name for
+    what --precision chose.
     """
     for name in sorted(os.environ):
         value = os.environ[name].lower()

@@ -25,9 +25,8 @@ STEPS_BETWEEN_METRICS = 20
 def fit(run: Run) -> None:
     """Train to the last epoch; after each, evaluate, let validation choose the best, and save.
 
-    Raises:
-        NonFiniteError: a loss, gradient, weight or evaluation is NaN or infinite; the last checkpoint stands as it was.
-        Stopped: a signal came; the state is saved.
+    Raises NonFiniteError where a loss, gradient, weight or evaluation is NaN or infinite; the last checkpoint stands
+    as it was. Raises Stopped where a signal came; the state is saved.
     """
     with run.stop:
         while run.state.position.epoch < run.options.epochs:

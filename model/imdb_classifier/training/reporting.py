@@ -4,9 +4,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from imdb_classifier.checkpoints.checkpoint import Position
 
@@ -28,11 +31,8 @@ class Progress:
         self.label, self.total, self.unit, self.say, self.done = label, total, unit, say, done
         self._began = self._said_at = time.monotonic()
         self._reviews = 0
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False)
+        # Without `disable=None` it would be drawn into a file as well.
+        self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, disable=None)
 
     def advance(self, steps: int, reviews: int, note: str = "") -> None:
         """After `steps` more steps, in which `reviews` were computed; `note` stands before their rate."""
@@ -40,7 +40,7 @@ class Progress:
         self._reviews += reviews
         now = time.monotonic()
         rate = f"{note}{self._reviews / max(now - self._began, 1e-9):,.0f} reviews/s"
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.update(self.done - self._bar.n)
             self._bar.set_postfix_str(rate, refresh=False)
         elif now - self._said_at >= SECONDS_BETWEEN_LINES:
@@ -48,9 +48,7 @@ class Progress:
             self.say(f"{self.label}: {self.unit} {self.done:,}/{self.total:,}, {rate}")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
 
 @contextmanager
@@ -62,11 +60,9 @@ def progress_of(label: str, reviews: int, active: bool) -> Iterator[Callable[[in
     if not active:
         yield lambda batch: None
         return
-    progress = Progress(label, reviews, "review", lambda line: print(line, file=sys.stderr, flush=True))
-    try:
+    say = partial(print, file=sys.stderr, flush=True)
+    with closing(Progress(label, reviews, "review", say)) as progress:
         yield lambda batch: progress.advance(batch, batch)
-    finally:
-        progress.close()
 
 
 class Reporter:

@@ -15,11 +15,7 @@ from imdb_classifier.training.run import Run, RunState
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint at the current position and drop those no longer needed.
-
-    Raises:
-        NonFiniteError: a weight is NaN or infinite, which no checkpoint may hold.
-    """
+    """Write a checkpoint and drop those no longer needed; NonFiniteError rather than save NaN or infinite weights."""
     if run.saved_at == run.state.position:
         return
     broken = non_finite_weights(run.bare_model)
