@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.checkpoints.run_folder import positions
 from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.messages import UserError
 from imdb_classifier.training import launcher
@@ -97,7 +98,7 @@ def test_a_setting_that_cannot_be_served_is_one_line_and_status_2(
     assert train.main(train_arguments(dataset, tmp_path / "run")) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith(f"imdb-train: error: {name}")
-    assert checkpoint.positions(tmp_path / "run") == []
+    assert positions(tmp_path / "run") == []
 
 
 def test_an_unknown_mode_of_compilation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

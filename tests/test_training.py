@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.checkpoints.run_folder import Position, positions
 from imdb_classifier.commands import predict, train
 from imdb_classifier.configuration import PRESETS, TextClassifierConfig
 from imdb_classifier.data.batches import TokenizedReviews
@@ -100,7 +101,7 @@ def test_the_command_refuses_to_start_with_another_models_optimizer(
     monkeypatch.setattr("torch.optim.Adam", notebooks_adam)
     assert train.main(train_arguments(dataset, tmp_path / "run")) == 2
     assert "the optimizer holds 0 of the model's" in capsys.readouterr().err
-    assert checkpoint.positions(tmp_path / "run") == []
+    assert positions(tmp_path / "run") == []
 
 
 def test_a_run_says_what_ran_and_leaves_metrics_plot_and_tensorboard(
@@ -121,7 +122,7 @@ def test_a_run_says_what_ran_and_leaves_metrics_plot_and_tensorboard(
     best = max(epochs, key=lambda r: (r["epoch/validation_accuracy"], -r["epoch/validation_loss"]))
     assert best["epoch/number"] == int(chosen[1])
     assert f"{best['epoch/test_accuracy']:.4f}" == chosen[3]
-    assert (run / "best").resolve().name == checkpoint.Position(int(chosen[1])).folder_name
+    assert (run / "best").resolve().name == Position(int(chosen[1])).folder_name
     assert (run / reporting.PLOT_FILE).read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").iterdir())
 

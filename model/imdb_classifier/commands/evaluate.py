@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from imdb_classifier.checkpoints.checkpoint import resolve
+    from imdb_classifier.checkpoints.run_folder import resolve
     from imdb_classifier.data.rows import Reading
     from imdb_classifier.data.splits import load_split
 

@@ -95,7 +95,7 @@ def read_lines(name: str, raw: bytes) -> dict[int, str]:
 
 
 def predict(options: argparse.Namespace) -> int:
-    from imdb_classifier.checkpoints.checkpoint import resolve
+    from imdb_classifier.checkpoints.run_folder import resolve
 
     numbered = read_texts(options)
     texts = list(numbered.values())

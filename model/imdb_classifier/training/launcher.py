@@ -34,12 +34,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 
 # What is taken, and said where it changes anything: see `say_what_was_taken`.
 FLAGS = (
-    "ACCELERATE_USE_CPU",
-    "ACCELERATE_DEBUG_MODE",
-    "ACCELERATE_CPU_AFFINITY",
-    "ACCELERATE_ENABLE_RICH",
-    "ACCELERATE_DYNAMO_USE_FULLGRAPH",
-    "ACCELERATE_DYNAMO_USE_DYNAMIC",
+    *("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_ENABLE_RICH"),
+    *("ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_DYNAMIC"),
 )
 CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -113,24 +109,16 @@ def check(mixed_precision: str) -> None:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     # `accelerate launch` always sets it, to "no" unless asked for more.
     if asked not in ("no", mixed_precision):
-        raise UserError(
-            f"ACCELERATE_MIXED_PRECISION={asked} is not what --precision says, which is {mixed_precision}: "
-            "choose with --precision"
-        )
-    _check_compilation(os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower())
-
-
-def _check_compilation(name: str) -> None:
-    if name == "no":
-        return
-    from torch import _dynamo
-
-    for variable, value, known in (
-        ("ACCELERATE_DYNAMO_BACKEND", name, _dynamo.list_backends(exclude_tags=())),
-        ("ACCELERATE_DYNAMO_MODE", os.environ.get("ACCELERATE_DYNAMO_MODE", "default"), COMPILE_MODES),
-    ):
-        if value not in known:
-            raise UserError(f"{variable}={value}: expected one of {', '.join(sorted(known))}")
+        differs = f"is not what --precision says, which is {mixed_precision}"
+        raise UserError(f"ACCELERATE_MIXED_PRECISION={asked} {differs}: choose with --precision")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
+        backends = torch.compiler.list_backends(exclude_tags=())
+        for name, value, known in (("BACKEND", backend, backends), ("MODE", mode, COMPILE_MODES)):
+            if value not in known:
+                expected = f"expected one of {', '.join(sorted(known))}"
+                raise UserError(f"ACCELERATE_DYNAMO_{name}={value}: {expected}")
 
 
 def process_count() -> int:

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from imdb_classifier.checkpoints.checkpoint import Position
+from imdb_classifier.checkpoints.run_folder import Position
 from imdb_classifier.data.batches import ReviewBatches, make_loader
 from imdb_classifier.messages import NonFiniteError, Stopped
 from imdb_classifier.training.guards import check_finite

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from imdb_classifier.checkpoints.checkpoint import Position
+from imdb_classifier.checkpoints.run_folder import Position
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "curves.png"

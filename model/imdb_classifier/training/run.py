@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from imdb_classifier.checkpoints.checkpoint import Position
+from imdb_classifier.checkpoints.run_folder import Position
 from imdb_classifier.data.batches import TokenizedReviews
 from imdb_classifier.modeling import TextClassifier
 from imdb_classifier.training.reporting import Reporter

@@ -7,8 +7,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from imdb_classifier.checkpoints import checkpoint, weights
-from imdb_classifier.checkpoints.checkpoint import Position
+from imdb_classifier.checkpoints import checkpoint, run_folder, weights
+from imdb_classifier.checkpoints.run_folder import Position
 from imdb_classifier.messages import NonFiniteError, warn
 from imdb_classifier.training.guards import non_finite_weights
 from imdb_classifier.training.run import Run, RunState
@@ -26,7 +26,7 @@ def save(run: Run) -> None:
     if run.accelerator.is_main_process:
         folder = run.state.position.folder_in(run.folder)
         checkpoint.write_folder(folder, lambda building: _fill(run, building, states))
-        checkpoint.settle(run.folder, run.state.position, run.state.best)
+        run_folder.settle(run.folder, run.state.position, run.state.best)
     run.accelerator.wait_for_everyone()
     run.saved_at = run.state.position
 
@@ -59,11 +59,11 @@ def restore(run: Run, folder: Path) -> None:
     choose_best_again(run)
     if run.accelerator.is_main_process:
         # What stands after it is damaged, or it would have been chosen.
-        for position in checkpoint.positions(run.folder):
+        for position in run_folder.positions(run.folder):
             if position > run.state.position:
                 checkpoint.remove(position.folder_in(run.folder))
         # The run may have been killed between its save and this.
-        checkpoint.settle(run.folder, run.state.position, run.state.best)
+        run_folder.settle(run.folder, run.state.position, run.state.best)
 
 
 def merit(record: Mapping[str, Any]) -> tuple[float, float]:

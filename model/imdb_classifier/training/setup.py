@@ -69,7 +69,7 @@ def _find_checkpoint(folder: Path, accelerator: Accelerator) -> Path:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             run_folder.adopt_copies(folder)
-        return checkpoint.newest_intact(folder)
+        return run_folder.newest_intact(folder)
 
 
 def new_classifier(
