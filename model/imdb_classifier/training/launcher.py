@@ -38,20 +38,15 @@ FLAGS = (
     *("ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_DYNAMIC"),
 )
 CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 PROCESS_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
-# Without effect on a command's result, by name or by beginning.
+# Without effect on a command's result, by name or by beginning: they concern messages, how processes reach each other,
+# or qualify a setting that is refused.
 INERT = (
-    # They qualify a setting that is refused.
     *("ACCELERATE_ALLOW_CP_STANDALONE", "ACCELERATE_BYPASS_DEVICE_MAP", "ACCELERATE_CONFIG_DS_FIELDS"),
-    *("ACCELERATE_DEEPSPEED_", "ACCELERATE_FP8_", "ACCELERATE_INIT_INCLUDE_BUFFERS", "DEEPSPEED_"),
-    *("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "FP8_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_"),
-    # They concern messages, and libraries that are not used.
-    *("ACCELERATE_LOG_LEVEL", "CLEARML_", "MLFLOW_", "PT_HPU_", "USE_TORCH_XLA", "XLA_", "systemdrive"),
-    # They say how processes start, and how they reach each other.
-    *("ACCELERATE_DEBUG_RDV_FILE", "CUDA_VISIBLE_DEVICES", "FORK_LAUNCHED", "LOCAL_", "MASTER_", "MPI_"),
-    *("MV2_COMM_WORLD_", "NCCL_", "OMPI_COMM_WORLD_", "OMP_NUM_THREADS", "PMI_RANK", "PYTORCH_", "RANK"),
+    *("ACCELERATE_DEBUG_RDV_FILE", "ACCELERATE_DEEPSPEED_", "ACCELERATE_FP8_", "ACCELERATE_LOG_LEVEL"),
+    *("ACCELERATE_INIT_INCLUDE_BUFFERS", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE"),
 )
 
 
@@ -81,11 +76,6 @@ def make_accelerator(precision: str, cpu: bool) -> accelerate.Accelerator:
     return accelerator
 
 
-def is_known(name: str) -> bool:
-    """Whether it is decided what becomes of the environment variable `name`."""
-    return name in (*REFUSED, *FLAGS, *CHOICES, *PROCESS_COUNTS) or name.startswith(INERT)
-
-
 def check(mixed_precision: str) -> None:
     """Raise UserError where the environment asks of accelerate what these commands do not do.
 
@@ -104,7 +94,8 @@ def check(mixed_precision: str) -> None:
             raise UserError(f"{name}={os.environ[name]}: expected true or false")
         if name in PROCESS_COUNTS and not value.isdecimal():
             raise UserError(f"{name}={os.environ[name]}: expected a number of processes")
-        if name.startswith("ACCELERATE_") and not is_known(name):
+        known = name in (*REFUSED, *FLAGS, *CHOICES) or name.startswith(INERT)
+        if name.startswith("ACCELERATE_") and not known:
             raise UserError(f"{name} is not known here, so what it would change is not either: unset it")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     # `accelerate launch` always sets it, to "no" unless asked for more.
@@ -115,10 +106,10 @@ def check(mixed_precision: str) -> None:
     if backend != "no":
         mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
         backends = torch.compiler.list_backends(exclude_tags=())
-        for name, value, known in (("BACKEND", backend, backends), ("MODE", mode, COMPILE_MODES)):
-            if value not in known:
-                expected = f"expected one of {', '.join(sorted(known))}"
-                raise UserError(f"ACCELERATE_DYNAMO_{name}={value}: {expected}")
+        for kind, value, choices in (("BACKEND", backend, backends), ("MODE", mode, COMPILE_MODES)):
+            if value not in choices:
+                expected = f"expected one of {', '.join(sorted(choices))}"
+                raise UserError(f"ACCELERATE_DYNAMO_{kind}={value}: {expected}")
 
 
 def process_count() -> int:
