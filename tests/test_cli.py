@@ -161,11 +161,9 @@ def test_evaluate_reproduces_the_accuracy_that_training_reported(
 
 
 def test_the_choices_offered_are_the_names_the_model_knows() -> None:
-    from imdb_classifier.attention import ATTENTION_NAMES
     from imdb_classifier.configuration import PRESETS
     from imdb_classifier.training.inference import DTYPES
 
-    assert set(cli.ATTENTION_CHOICES) == set(ATTENTION_NAMES)
     assert set(cli.PRESET_CHOICES) == set(PRESETS)
     assert set(cli.PRECISION_CHOICES) == set(DTYPES)
 

@@ -1,5 +1,8 @@
 """imdb_classifier: the course notebook's Transformer for IMDB reviews, with its attention chosen by name.
 
+To be read in the order of its imports: configuration, modeling and attention; data/, from files to batches;
+checkpoints/, what a run leaves on the disk; training/, the run itself; commands/, the programs.
+
 Names are loaded when first used, so that a command's `--help` does not wait for torch and transformers.
 """
 

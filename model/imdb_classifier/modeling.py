@@ -94,16 +94,9 @@ class MultiHeadAttention(nn.Module):
         name = getattr(self.config, "_attn_implementation", None) or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         # Padded rows are hidden keys in every layer and the head reads row 0: nobody misses them.
-        out, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.depth**-0.5,
-            skip_padded_queries=not first_row_only,
-        )
+        skip = {"skip_padded_queries": not first_row_only}
+        scaling = self.depth**-0.5
+        out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **skip)
         return self.dense(out.flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -163,9 +156,8 @@ class Transformer(nn.ModuleList):
         config: PreTrainedConfig | None = None,
     ) -> None:
         widths = [input_dim] + [d_model] * (n_layers - 1)
-        super().__init__(
-            TransformerLayer(width, d_model, dff, n_heads, dropout_rate, config) for width in widths
-        )
+        sizes = d_model, dff, n_heads, dropout_rate, config
+        super().__init__(TransformerLayer(width, *sizes) for width in widths)
 
     def forward(self, x: Tensor, attention_mask: Any = None, *, first_row_only: bool = False) -> Tensor:
         """[B,S,input_dim] -> [B,S,E]; with `first_row_only` the last layer computes row 0 alone, [B,1,E]."""

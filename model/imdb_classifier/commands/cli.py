@@ -1,6 +1,6 @@
 """What the three commands share: option types, common options, and errors as one line on standard error.
 
-Only the standard library is imported here, so that `--help` answers at once.
+Nothing is imported here that needs torch, so that `--help` answers at once.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from imdb_classifier.attention import ATTENTION_NAMES
 from imdb_classifier.messages import NonFiniteError, Stopped, UserError
 
 # Written out here because the modules that own these names import torch; a test keeps them equal.
-ATTENTION_CHOICES = ("auto", "padfree", "sdpa", "eager")
 PRESET_CHOICES = ("notebook", "notebook-large")
 PRECISION_CHOICES = ("fp32", "bf16", "fp16")
 DEFAULT_DATASET = "stanfordnlp/imdb"
@@ -105,7 +105,7 @@ def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_mutually_exclusive_group().add_argument
     what = "which attention runs; auto picks and says what it picked and why"
-    option("--attention", choices=ATTENTION_CHOICES, default="auto", help=what)
+    option("--attention", choices=ATTENTION_NAMES, default="auto", help=what)
     for name, attention in (("--fused", "padfree"), ("--no-fused", "sdpa")):
         same = f"same as --attention {attention}"
         option(name, dest="attention", action="store_const", const=attention, help=same)

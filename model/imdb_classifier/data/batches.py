@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerFast
 
@@ -160,9 +161,7 @@ def pad(reviews: Sequence[tuple[Tensor, Tensor, int]], pad_token_id: int) -> dic
     """
     ids, labels, rows = zip(*reviews, strict=True)
     lengths = torch.tensor([len(review) for review in ids])
-    input_ids = torch.nn.utils.rnn.pad_sequence(
-        list(ids), batch_first=True, padding_value=pad_token_id
-    ).long()
+    input_ids = pad_sequence(list(ids), batch_first=True, padding_value=pad_token_id).long()
     mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     batch = {"input_ids": input_ids, "attention_mask": mask}
     return batch | {"labels": torch.stack(labels), "rows": torch.tensor(rows)}

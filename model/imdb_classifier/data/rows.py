@@ -103,9 +103,8 @@ class Reading:
     def refuse_columns(self, source: str) -> None:
         """Raise UserError if columns were named for a source that has none to choose from."""
         if self.text_column is not None or self.label_column is not None:
-            raise UserError(
-                f"{source}: has no columns to choose from, leave out --text-column and --label-column"
-            )
+            fault = "has no columns to choose from, leave out --text-column and --label-column"
+            raise UserError(f"{source}: {fault}")
 
     def note(self, line: str) -> None:
         if line not in self.notes:
