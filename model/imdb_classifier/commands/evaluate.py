@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imdb_classifier.checkpoints.checkpoint import STATE_FILE, read_json
+from imdb_classifier.checkpoints.run_folder import resolve
 from imdb_classifier.commands import cli
+from imdb_classifier.data.rows import Reading
+from imdb_classifier.data.splits import load_split
 from imdb_classifier.messages import UserError
 
 
@@ -37,10 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from imdb_classifier.checkpoints.run_folder import resolve
-    from imdb_classifier.data.rows import Reading
-    from imdb_classifier.data.splits import load_split
-
     folder = resolve(options.checkpoint)
     source = source_of(folder) if options.dataset is None else Source(options.dataset)
     limit = options.limit
@@ -50,7 +50,7 @@ def evaluate(options: argparse.Namespace) -> int:
     columns = options.text_column or source.text_column, options.label_column or source.label_column
     reading = Reading(*columns, options.strict_data)
     split = load_split(source.names, options.split, limit, reading)
-
+    # Only now: the faults above are told before torch and transformers take their seconds to load.
     from imdb_classifier.checkpoints.weights import load_classifier
     from imdb_classifier.data.batches import tokenize
     from imdb_classifier.training import inference
@@ -115,8 +115,6 @@ class Source(NamedTuple):
 
 def source_of(folder: Path) -> Source:
     """What a checkpoint was trained on; UserError where it does not say."""
-    from imdb_classifier.checkpoints.checkpoint import STATE_FILE, read_json
-
     file = folder / STATE_FILE
     if not file.exists():
         raise UserError(f"{folder}: does not say what it was trained on, pass --dataset")

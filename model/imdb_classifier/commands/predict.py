@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from imdb_classifier.checkpoints.run_folder import resolve
 from imdb_classifier.commands import cli
+from imdb_classifier.data.formats import decode
+from imdb_classifier.data.rows import check_text
 from imdb_classifier.messages import UserError, warn
 
 
@@ -58,8 +61,6 @@ def read_texts(options: argparse.Namespace) -> dict[int, str]:
 
     Raises UserError where two places or none were named, or a line is not a review.
     """
-    from imdb_classifier.data.rows import check_text
-
     if options.texts and options.file:
         raise UserError("reviews are given both as arguments and by --file, expected one of them")
     if options.texts:
@@ -80,8 +81,6 @@ def read_texts(options: argparse.Namespace) -> dict[int, str]:
 
 def read_lines(name: str, raw: bytes) -> dict[int, str]:
     """Line number and text of every line that is not blank, with a warning where answers will have a gap."""
-    from imdb_classifier.data.formats import decode
-
     lines = enumerate(decode(name, raw).split("\n"), start=1)
     texts = {number: line.removesuffix("\r") for number, line in lines if line.strip()}
     if not texts:
@@ -95,12 +94,10 @@ def read_lines(name: str, raw: bytes) -> dict[int, str]:
 
 
 def predict(options: argparse.Namespace) -> int:
-    from imdb_classifier.checkpoints.run_folder import resolve
-
     numbered = read_texts(options)
     texts = list(numbered.values())
     folder = resolve(options.checkpoint)
-
+    # Only now: the faults above are told before torch and transformers take their seconds to load.
     from imdb_classifier.checkpoints.weights import load_classifier
     from imdb_classifier.configuration import LABELS
     from imdb_classifier.data.batches import TokenizedReviews

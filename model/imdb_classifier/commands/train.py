@@ -7,7 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imdb_classifier.checkpoints import run_folder
 from imdb_classifier.commands import cli
+from imdb_classifier.data.rows import Reading
+from imdb_classifier.data.splits import load_reviews
 
 if TYPE_CHECKING:
     from imdb_classifier.training.run import Run
@@ -69,15 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from imdb_classifier.checkpoints import run_folder
-
     run_folder.check_folder(options.output_dir, options.resume, options.overwrite)
-    # Data first: its faults are told before torch and transformers take their seconds to load.
-    from imdb_classifier.data.rows import Reading
-    from imdb_classifier.data.splits import load_reviews
-
     reading = Reading(options.text_column, options.label_column, options.strict_data)
     reviews = load_reviews(options.dataset, options.limit, reading)
+    # Only now: the faults above are told before torch and transformers take their seconds to load.
     from imdb_classifier.training.launcher import make_accelerator
 
     accelerator = make_accelerator(options.precision, options.cpu)

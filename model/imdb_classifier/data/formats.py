@@ -49,8 +49,14 @@ def read_file(path: Path, reading: Reading) -> Split:
     if path.is_dir():
         raise UserError(f"{path}: is a directory, expected a file")
     _check_regular(path)
-    rows = _parquet_rows(path, reading) if form == ".parquet" else _text_rows(path, form, reading)
-    return reading.split(str(path), rows)
+    if form == ".parquet":
+        return reading.split(str(path), _parquet_rows(path, reading))
+    content = decode(str(path), _read(path))
+    if not content.strip():
+        raise UserError(f"{path}: is empty, expected reviews")
+    if form in DELIMITERS:
+        return reading.split(str(path), _table_rows(path, content, DELIMITERS[form], reading))
+    return reading.split(str(path), _json_rows(path, content, reading))
 
 
 def _check_regular(path: Path) -> None:
@@ -86,15 +92,6 @@ def decode(name: str, raw: bytes) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         byte = f"{raw[error.start]:#04x}"
         raise UserError(f"{name}:{line}: byte {byte} is not UTF-8, expected UTF-8 text") from None
-
-
-def _text_rows(path: Path, form: str, reading: Reading) -> Iterator[Row]:
-    content = decode(str(path), _read(path))
-    if not content.strip():
-        raise UserError(f"{path}: is empty, expected reviews")
-    if form in DELIMITERS:
-        return _table_rows(path, content, DELIMITERS[form], reading)
-    return _json_rows(path, content, reading)
 
 
 def _table_rows(path: Path, content: str, delimiter: str, reading: Reading) -> Iterator[Row]:
