@@ -22,7 +22,11 @@ KEPT_BEHIND_LAST = 1
 LINKS = ("last", "best")
 MAXLINK_BYTES = 4096
 LOCK_FILE = ".lock"
-CONTENTS = (CHECKPOINTS, *LINKS, "tensorboard", "metrics.jsonl", "curves.png", "non_finite.json")
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "curves.png"
+DIAGNOSTIC_FILE = "non_finite.json"
+BOARD_FOLDER = "tensorboard"
+CONTENTS = (CHECKPOINTS, *LINKS, METRICS_FILE, PLOT_FILE, DIAGNOSTIC_FILE, BOARD_FOLDER)
 _NAME = re.compile(r"epoch-(\d{4,})-batch-(\d{6,})")
 # what such a link says, in a relative or an absolute path and with either system's separators
 _LINK = re.compile(rf"(?:.*[/\\])?{CHECKPOINTS}[/\\]({_NAME.pattern})[/\\]?\s*")

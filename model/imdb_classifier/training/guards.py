@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from imdb_classifier.checkpoints.checkpoint import write_json
+from imdb_classifier.checkpoints.run_folder import DIAGNOSTIC_FILE
 from imdb_classifier.messages import NonFiniteError, UserError
 from imdb_classifier.training.run import Run
 
-DIAGNOSTIC_FILE = "non_finite.json"
 # fp16 halves its loss scale after an overflow; from 2^16, this many in a row are no longer a search for a scale.
 MAX_SKIPPED_STEPS = 40
 

@@ -11,10 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from imdb_classifier.checkpoints.run_folder import Position
+from imdb_classifier.checkpoints.run_folder import BOARD_FOLDER, METRICS_FILE, PLOT_FILE, Position
 
-METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "curves.png"
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -79,7 +77,7 @@ class Reporter:
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(run_folder / "tensorboard"))
+                self._board = SummaryWriter(str(run_folder / BOARD_FOLDER))
             except ImportError:
                 self.say("TensorBoard log: not written, pip install tensorboard to have one")
 
