@@ -12,6 +12,7 @@ import pytest
 from bad_files import FILE_FAULTS, STRICT_FAULTS
 from bad_sources import SOURCE_FAULTS
 from imdb_classifier.checkpoints import checkpoint
+from imdb_classifier.checkpoints.run_folder import CHECKPOINTS
 from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.data.sources import read_source
 from tiny_reviews import train_arguments, write_reviews
@@ -228,7 +229,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(
     monkeypatch.setattr(Path, "write_bytes", no_space)
     assert train.main(train_arguments(dataset, tmp_path / "run")) == 2
     assert "No space left on device; free some space and resume" in spoken_error(capsys)
-    assert list((tmp_path / "run" / checkpoint.CHECKPOINTS).iterdir()) == []
+    assert list((tmp_path / "run" / CHECKPOINTS).iterdir()) == []
 
 
 def test_a_disk_that_fills_up_while_the_tokenizer_is_saved_is_one_line_too(
@@ -244,7 +245,7 @@ def test_a_disk_that_fills_up_while_the_tokenizer_is_saved_is_one_line_too(
     assert train.main(train_arguments(dataset, tmp_path / "run")) == 2
     message = spoken_error(capsys)
     assert message.endswith("tokenizer.json: No space left on device; free some space and resume")
-    assert list((tmp_path / "run" / checkpoint.CHECKPOINTS).iterdir()) == []
+    assert list((tmp_path / "run" / CHECKPOINTS).iterdir()) == []
 
 
 def test_a_run_is_not_mixed_with_another_in_the_same_folder(

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from imdb_classifier.checkpoints import checkpoint, weights
-from imdb_classifier.checkpoints.checkpoint import MANIFEST, MODEL_FILE, Position
+from imdb_classifier.checkpoints.checkpoint import MANIFEST, MODEL_FILE
+from imdb_classifier.checkpoints.run_folder import (
+    CHECKPOINTS,
+    Position,
+    newest_intact,
+    positions,
+    resolve,
+    settle,
+)
 from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.messages import UserError
 from tiny_reviews import train_arguments, write_reviews
@@ -107,8 +115,8 @@ def test_every_mutation_of_a_checkpoint_is_detected(folder: Path) -> None:
 
 
 def test_a_manifest_of_an_older_checkpoint_is_detected(run_folder: Path, folder: Path) -> None:
-    older = checkpoint.positions(run_folder)[0]
-    shutil.copy(run_folder / checkpoint.CHECKPOINTS / older.folder_name / MANIFEST, folder / MANIFEST)
+    older = positions(run_folder)[0]
+    shutil.copy(run_folder / CHECKPOINTS / older.folder_name / MANIFEST, folder / MANIFEST)
     with pytest.raises(UserError, match="SHA-256 differs"):
         checkpoint.verify(folder)
 
@@ -124,22 +132,22 @@ def test_resuming_falls_back_to_the_checkpoint_before_a_damaged_one_and_says_so(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = Path(shutil.copytree(run_folder, tmp_path / "run", symlinks=True))
-    *_, before, last = checkpoint.positions(copy)
-    flip_one_bit(copy / checkpoint.CHECKPOINTS / last.folder_name / MODEL_FILE, random.Random(1))
-    assert checkpoint.newest_intact(copy).name == before.folder_name
+    *_, before, last = positions(copy)
+    flip_one_bit(copy / CHECKPOINTS / last.folder_name / MODEL_FILE, random.Random(1))
+    assert newest_intact(copy).name == before.folder_name
     assert "SHA-256 differs" in capsys.readouterr().err
     arguments = train_arguments(run_folder.parent / "reviews", copy, "--save-every", "3", "--resume")
     assert train.main(arguments) == 0
-    assert checkpoint.newest_intact(copy).name == last.folder_name
+    assert newest_intact(copy).name == last.folder_name
     assert contents(copy / "last") == contents(run_folder / "last")
 
 
 def test_a_run_without_an_intact_checkpoint_is_refused(run_folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run_folder, tmp_path / "run", symlinks=True))
-    for path in (copy / checkpoint.CHECKPOINTS).glob(f"*/{MANIFEST}"):
+    for path in (copy / CHECKPOINTS).glob(f"*/{MANIFEST}"):
         path.unlink()
     with pytest.raises(UserError, match="holds no intact checkpoint"):
-        checkpoint.newest_intact(copy)
+        newest_intact(copy)
 
 
 # what users and their programs put beside a checkpoint, all of it something that a loader could take for its own
@@ -176,13 +184,13 @@ def test_files_added_to_a_checkpoint_are_not_looked_at(folder: Path, tmp_path: P
 
 def test_files_added_to_a_checkpoint_outlive_the_run_that_goes_on(run_folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run_folder, tmp_path / "run", symlinks=True))
-    for position in checkpoint.positions(copy):
-        add_files(copy / checkpoint.CHECKPOINTS / position.folder_name)
-    kept = checkpoint.positions(copy)
+    for position in positions(copy):
+        add_files(copy / CHECKPOINTS / position.folder_name)
+    kept = positions(copy)
     more = ("--save-every", "3", "--epochs", "3", "--resume")
     assert train.main(train_arguments(run_folder.parent / "reviews", copy, *more)) == 0
     for position in kept:
-        found = contents(copy / checkpoint.CHECKPOINTS / position.folder_name)
+        found = contents(copy / CHECKPOINTS / position.folder_name)
         assert ADDED.items() <= found.items()
     assert evaluate.main(["--checkpoint", str(copy)]) == 0
     assert predict.main(["--checkpoint", str(copy), "a good film"]) == 0
@@ -199,8 +207,8 @@ def save_once(run: Path, position: Position) -> None:
         for name in ("config.json", MODEL_FILE, checkpoint.STATE_FILE):
             (building / name).write_bytes(f"{name} at {position}".encode())
 
-    checkpoint.write_folder(run / checkpoint.CHECKPOINTS / position.folder_name, fill)
-    checkpoint.settle(run, position, position)
+    checkpoint.write_folder(run / CHECKPOINTS / position.folder_name, fill)
+    settle(run, position, position)
 
 
 def in_a_child_killed_at_call(number: int, work: Callable[[], None]) -> bool:
@@ -232,13 +240,13 @@ def test_kill_at_any_file_system_call_of_a_save_leaves_an_intact_checkpoint(
         for batch in range(3):
             save_once(run, Position(1, batch))
         killed = in_a_child_killed_at_call(number, lambda run=run: save_once(run, target))
-        intact = checkpoint.newest_intact(run)
+        intact = newest_intact(run)
         assert intact.name in (Position(1, 1).folder_name, Position(1, 2).folder_name, target.folder_name)
         # What the crash left behind does not disturb the next save.
         save_once(run, Position(1, 4))
-        assert checkpoint.newest_intact(run).name == Position(1, 4).folder_name
-        assert checkpoint.resolve(run).name == Position(1, 4).folder_name
-        names = {path.name for path in (run / checkpoint.CHECKPOINTS).iterdir()}
+        assert newest_intact(run).name == Position(1, 4).folder_name
+        assert resolve(run).name == Position(1, 4).folder_name
+        names = {path.name for path in (run / CHECKPOINTS).iterdir()}
         assert not any(name.startswith(".") for name in names)
         if not killed:
             break
@@ -249,6 +257,6 @@ def test_kill_at_any_file_system_call_of_a_save_leaves_an_intact_checkpoint(
 
 def test_only_the_last_two_checkpoints_and_the_best_are_kept(run_folder: Path) -> None:
     best = (run_folder / "best").resolve().name
-    kept = [position.folder_name for position in checkpoint.positions(run_folder)]
+    kept = [position.folder_name for position in positions(run_folder)]
     assert set(kept) <= {*kept[-2:], best}
     assert (run_folder / "last").resolve().name == kept[-1]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from imdb_classifier.checkpoints import checkpoint
+from imdb_classifier.checkpoints.run_folder import resolve
 from imdb_classifier.commands import cli, evaluate, predict, train
 from imdb_classifier.training import reporting
 from tiny_reviews import make_rows, train_arguments, write_csv
@@ -153,18 +154,16 @@ def test_evaluate_finds_the_same_logits_with_eager_and_sdpa(
 def test_evaluate_reproduces_the_accuracy_that_training_reported(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = checkpoint.read_json(checkpoint.resolve(finished_run) / checkpoint.STATE_FILE)["state"]
+    state = checkpoint.read_json(resolve(finished_run) / checkpoint.STATE_FILE)["state"]
     for split in ("validation", "test"):
         assert evaluate.main(["--checkpoint", str(finished_run), "--split", split, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["accuracy"] == state["history"][-1][f"{split}_accuracy"]
 
 
 def test_the_choices_offered_are_the_names_the_model_knows() -> None:
-    from imdb_classifier.attention import ATTENTION_NAMES
     from imdb_classifier.configuration import PRESETS
     from imdb_classifier.training.inference import DTYPES
 
-    assert set(cli.ATTENTION_CHOICES) == set(ATTENTION_NAMES)
     assert set(cli.PRESET_CHOICES) == set(PRESETS)
     assert set(cli.PRECISION_CHOICES) == set(DTYPES)
 
@@ -303,7 +302,7 @@ def test_evaluate_keeps_to_the_limit_of_the_run_and_says_so(
 ) -> None:
     run = tmp_path / "run"
     assert train.main(train_arguments(dataset, run, "--epochs", "1", "--limit", "6")) == 0
-    (record,) = checkpoint.read_json(checkpoint.resolve(run) / checkpoint.STATE_FILE)["state"]["history"]
+    (record,) = checkpoint.read_json(resolve(run) / checkpoint.STATE_FILE)["state"]["history"]
     arguments = ["--cpu", "--checkpoint", str(run)]
     capsys.readouterr()
 

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from imdb_classifier.data import hub
-from imdb_classifier.data.batches import Padding, ReviewBatches, TokenizedReviews, tokenize
+from imdb_classifier.data.batches import ReviewBatches, TokenizedReviews, pad, tokenize
 from imdb_classifier.data.rows import Split
 from imdb_classifier.data.sources import read_source
 from imdb_classifier.data.splits import complete_splits, load_reviews, load_split
@@ -302,7 +302,7 @@ def test_a_source_that_holds_one_split_alone_will_do_for_an_evaluation(tmp_path:
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
 def test_a_split_for_an_evaluation_is_the_one_that_training_carved(name: str, tmp_path: Path) -> None:
     file = write_csv(tmp_path / "train.csv", make_rows(60, seed=16))
-    assert load_split([str(file)], name, 6) == load_reviews([str(file)], 6).split(name)
+    assert load_split([str(file)], name, 6) == load_reviews([str(file)], 6).by_name()[name]
 
 
 def test_all_reviews_of_a_source_are_one_split_in_the_order_of_its_files(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_grouping_by_length_removes_most_padding_and_keeps_long_and_short_mixed_
 
 def test_a_batch_is_padded_on_the_right_to_its_longest_review() -> None:
     data = TokenizedReviews.from_lists([[2, 5, 3], [2, 3], [2, 7, 8, 9, 3]], [1, 0, 1])
-    batch = Padding(pad_token_id=0)([data[2], data[1]])
+    batch = pad([data[2], data[1]], pad_token_id=0)
     assert batch["input_ids"].tolist() == [[2, 7, 8, 9, 3], [2, 3, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [1, 0]

@@ -13,6 +13,7 @@ from imdb_classifier.data.rows import Reading, Split
 from imdb_classifier.data.sources import read_source
 from imdb_classifier.data.splits import load_reviews
 from imdb_classifier.messages import UserError
+from imdb_classifier.training.setup import check_settings
 from tiny_reviews import make_rows, train_arguments, write_csv
 
 ROWS = make_rows(20, seed=1)
@@ -342,7 +343,7 @@ def test_a_run_from_before_columns_could_be_named_is_resumed(finished_run: Path,
     for name in ("text_column", "label_column"):
         del state["settings"][name]
     write_json(tmp_path / STATE_FILE, state)
-    train.check_settings(tmp_path, settings)
+    check_settings(tmp_path, settings)
 
 
 def test_a_column_without_a_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

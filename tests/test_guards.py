@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.checkpoints.run_folder import Position, positions
 from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.modeling import TextClassifier
 from imdb_classifier.training import guards, loop
+from imdb_classifier.training.run import Run, RunState
 from tiny_reviews import train_arguments, write_reviews
 from tiny_runs import STEPS_AN_EPOCH, assert_same_run
 
@@ -85,8 +87,8 @@ def test_a_nan_stops_the_run_before_the_optimizer_step(
     assert len(diagnostic["training_rows"]) == 8
     assert ("gradient norm" if place == "gradient" else "loss is nan") in diagnostic["what"]
     assert diagnostic["non_finite_weights"] == (["layers.0.mha.wq.bias"] if place == "weight" else [])
-    saved = checkpoint.positions(run)
-    assert saved == ([checkpoint.Position(1)] if step > STEPS_AN_EPOCH else [])
+    saved = positions(run)
+    assert saved == ([Position(1)] if step > STEPS_AN_EPOCH else [])
     # What stands is good: without the poison the run ends as if nothing had happened.
     assert train.main([*arguments, *(["--resume"] if saved else [])]) == 0
     assert_same_run(run, finished_run)
@@ -108,7 +110,7 @@ def test_a_nan_in_an_evaluation_stops_the_run_and_no_file_holds_it(
 
     def poisoned(model: TextClassifier, **inputs: Any) -> Any:
         output = forward(model, **inputs)
-        if not model.training and checkpoint.positions(run):
+        if not model.training and positions(run):
             output.logits = output.logits.index_fill(0, torch.tensor([0]), value)
         return output
 
@@ -118,7 +120,7 @@ def test_a_nan_in_an_evaluation_stops_the_run_and_no_file_holds_it(
     (message,) = capsys.readouterr().err.splitlines()
     assert "evaluation on validation after epoch 2: " in message
     assert "reviews get a logit that is NaN or infinite" in message
-    assert checkpoint.positions(run) == [checkpoint.Position(1)]
+    assert positions(run) == [Position(1)]
     assert not re.search("NaN|Infinity", (run / "metrics.jsonl").read_text())
     if train_accuracy == "running":
         assert train.main([*arguments, "--resume"]) == 0
@@ -132,7 +134,7 @@ def test_a_learning_rate_that_blows_the_model_up_is_one_line(
     arguments = train_arguments(folder, tmp_path / "run", "--learning-rate", "1e30")
     assert train.main(arguments) == 3
     assert len(capsys.readouterr().err.splitlines()) == 1
-    assert checkpoint.positions(tmp_path / "run") == []
+    assert positions(tmp_path / "run") == []
 
 
 def test_commands_that_only_read_do_not_print_nan(
@@ -157,7 +159,7 @@ def test_weights_that_became_infinite_are_not_saved(
     models: list[TextClassifier] = []
     original = loop.check_finite
 
-    def remember(run: loop.Run, *arguments: Any) -> None:
+    def remember(run: Run, *arguments: Any) -> None:
         models[:] = [run.bare_model]
         original(run, *arguments)
 
@@ -165,7 +167,7 @@ def test_weights_that_became_infinite_are_not_saved(
     after_step(3, lambda: models[0].classification.bias.data.fill_(float("inf")))
     run = tmp_path / "run"
     assert train.main(train_arguments(dataset, run, "--save-every", "1")) == 3
-    assert checkpoint.positions(run) == [checkpoint.Position(0, 1), checkpoint.Position(0, 2)]
+    assert positions(run) == [Position(0, 1), Position(0, 2)]
 
 
 def test_fp16_overflows_are_searched_for_a_scale_but_not_forever(tmp_path: Path) -> None:
@@ -179,12 +181,12 @@ def test_fp16_overflows_are_searched_for_a_scale_but_not_forever(tmp_path: Path)
         ),
         optimizer=None,
         bare_model=module,
-        state=loop.RunState(),
+        state=RunState(),
         folder=tmp_path,
     )
     for _ in range(guards.MAX_SKIPPED_STEPS):
         guards.check_finite(run, torch.tensor(0.7), torch.arange(2))
         # A run that is resumed counts on.
-        run.state = loop.RunState.from_json(run.state.to_json())
+        run.state = RunState.from_json(run.state.to_json())
     with pytest.raises(guards.NonFiniteError, match="gradient norm is inf"):
         guards.check_finite(run, torch.tensor(0.7), torch.arange(2))

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.checkpoints.run_folder import positions
 from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.messages import UserError
-from imdb_classifier.training import inference, launcher
+from imdb_classifier.training import launcher
 from tiny_reviews import train_arguments
 from tiny_runs import SOURCES, assert_same_run, contents
 
@@ -63,6 +64,17 @@ def variables_of_accelerate() -> set[str]:
     return {name for path in files for name in names_read(path.read_text(encoding="utf-8"))}
 
 
+# Names, and beginnings of names, that are not accelerate's own: they qualify a setting that is refused, or concern
+# messages, libraries that are not used, and how processes reach each other.
+INERT = (
+    *launcher.INERT,
+    *("CLEARML_", "CUDA_VISIBLE_DEVICES", "DEEPSPEED_", "FORK_LAUNCHED", "FP8_", "FSDP_", "LOCAL_"),
+    *("MASTER_", "MEGATRON_LM_", "MLFLOW_", "MPI_", "MV2_COMM_WORLD_", "NCCL_", "OMPI_COMM_WORLD_"),
+    *("OMP_NUM_THREADS", "PARALLELISM_CONFIG_", "PMI_RANK", "PT_HPU_", "PYTORCH_", "RANK"),
+    *("USE_TORCH_XLA", "XLA_", "systemdrive"),
+)
+
+
 def test_it_is_decided_what_becomes_of_every_variable_that_accelerate_reads() -> None:
     found = variables_of_accelerate()
     # The reader of the sources sees each way in which they are read.
@@ -70,7 +82,8 @@ def test_it_is_decided_what_becomes_of_every_variable_that_accelerate_reads() ->
     assert len(found) > 60
     whole = (*launcher.REFUSED, *launcher.FLAGS, *launcher.CHOICES)
     beginnings = {name for name in found if name.endswith("_") and any(w.startswith(name) for w in whole)}
-    assert {name for name in found - beginnings if not launcher.is_known(name)} == set()
+    undecided = found - beginnings - {*whole, *launcher.PROCESS_COUNTS}
+    assert {name for name in undecided if not name.startswith(INERT)} == set()
 
 
 REFUSED = [
@@ -97,7 +110,7 @@ def test_a_setting_that_cannot_be_served_is_one_line_and_status_2(
     assert train.main(train_arguments(dataset, tmp_path / "run")) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith(f"imdb-train: error: {name}")
-    assert checkpoint.positions(tmp_path / "run") == []
+    assert positions(tmp_path / "run") == []
 
 
 def test_an_unknown_mode_of_compilation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +160,7 @@ def test_torch_compile_turns_no_tf32_on(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(accelerate, "Accelerator", as_on_a_gpu)
     before = torch.backends.cuda.matmul.allow_tf32
-    inference.make_accelerator("fp32", cpu=True)
+    launcher.make_accelerator("fp32", cpu=True)
     after, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, before
     assert (before, after) == (False, False)
 
@@ -185,7 +198,7 @@ PROCESSES = ("CUDA_", "LOCAL_", "MASTER_", "MPI_", "MV2_", "OMPI_", "OMP_", "PMI
 def test_a_setting_that_is_left_alone_leaves_the_result_as_it_is(
     dataset: Path, finished_run: Path, tmp_path: Path
 ) -> None:
-    left_alone = {name for name in variables_of_accelerate() if name.startswith(launcher.INERT)}
+    left_alone = {name for name in variables_of_accelerate() if name.startswith(INERT)}
     left_alone -= launcher.REFUSED.keys()
     variables = {name: "1" for name in left_alone if not name.startswith(PROCESSES)}
     variables |= dict.fromkeys(("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"), "true")
@@ -202,7 +215,7 @@ def test_an_empty_setting_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, "")
     launcher.check("no")
     assert not [name for name in names if name in os.environ]
-    inference.make_accelerator("fp32", cpu=True)
+    launcher.make_accelerator("fp32", cpu=True)
 
 
 def without_cpu(arguments: list[str]) -> list[str]:

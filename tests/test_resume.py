@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from imdb_classifier.checkpoints import checkpoint
+from imdb_classifier.checkpoints import checkpoint, run_folder
+from imdb_classifier.checkpoints.run_folder import Position, positions
 from imdb_classifier.commands import train
 from imdb_classifier.messages import UserError
 from imdb_classifier.training import inference, loop
+from imdb_classifier.training.run import Run
+from imdb_classifier.training.setup import check_settings
 from tiny_reviews import train_arguments
 from tiny_runs import SOURCES, STEPS_AN_EPOCH, assert_same_run, contents
 
@@ -90,7 +93,7 @@ def test_a_run_stopped_in_an_evaluation_and_resumed_equals_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", evaluate)
         assert train.main(train_arguments(dataset, run)) == 143
-    assert (run / "last").resolve().name == checkpoint.Position(0, STEPS_AN_EPOCH).folder_name
+    assert (run / "last").resolve().name == Position(0, STEPS_AN_EPOCH).folder_name
     assert train.main(train_arguments(dataset, run, "--resume")) == 0
     assert_same_run(run, finished_run)
 
@@ -112,7 +115,7 @@ def ranked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     original = loop.evaluate_split
 
     def arrange(*accuracies: float, losses: Sequence[float] = ()) -> None:
-        def evaluate_split(run: loop.Run, name: str) -> inference.Evaluation:
+        def evaluate_split(run: Run, name: str) -> inference.Evaluation:
             result, epoch = original(run, name), run.state.position.epoch
             loss = losses[epoch] if losses else result.loss
             return dataclasses.replace(result, accuracy=accuracies[epoch], loss=loss)
@@ -128,20 +131,20 @@ def test_a_run_killed_between_its_last_save_and_the_links_is_settled_when_resume
     ranked(0.1, 0.2, 0.3)
     three = ("--epochs", "3")
     assert train.main(train_arguments(dataset, tmp_path / "undisturbed", *three)) == 0
-    run, original = tmp_path / "run", checkpoint.settle
+    run, original = tmp_path / "run", run_folder.settle
 
-    def killed_at_the_end(folder: Path, last: checkpoint.Position, best: checkpoint.Position) -> None:
+    def killed_at_the_end(folder: Path, last: Position, best: Position) -> None:
         if last.epoch == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         original(folder, last, best)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "settle", killed_at_the_end)
+        patch.setattr(run_folder, "settle", killed_at_the_end)
         in_a_child(lambda: train.main(train_arguments(dataset, run, *three)))
     assert [(run / link).resolve().name[:10] for link in ("last", "best")] == ["epoch-0002"] * 2
     assert train.main(train_arguments(dataset, run, *three, "--resume")) == 0
     assert_same_run(run, tmp_path / "undisturbed")
-    assert checkpoint.positions(run) == checkpoint.positions(tmp_path / "undisturbed")
+    assert positions(run) == positions(tmp_path / "undisturbed")
 
 
 def test_of_epochs_equal_in_accuracy_the_one_of_the_lowest_validation_loss_is_chosen(
@@ -152,7 +155,7 @@ def test_of_epochs_equal_in_accuracy_the_one_of_the_lowest_validation_loss_is_ch
     run = tmp_path / "run"
     assert train.main(train_arguments(dataset, run, "--epochs", "3")) == 0
     assert "chosen on validation: epoch 3" in capsys.readouterr().out
-    assert (run / "best").resolve().name == checkpoint.Position(3).folder_name
+    assert (run / "best").resolve().name == Position(3).folder_name
 
 
 @pytest.mark.parametrize("harm", ["damaged", "deleted"])
@@ -163,7 +166,7 @@ def test_a_best_checkpoint_that_is_lost_makes_way_for_the_best_that_is_left(
     run = tmp_path / "run"
     assert train.main(train_arguments(dataset, run, "--epochs", "3")) == 0
     first = (run / "best").resolve()
-    assert first.name == checkpoint.Position(1).folder_name
+    assert first.name == Position(1).folder_name
     if harm == "deleted":
         shutil.rmtree(first)
     else:
@@ -173,7 +176,7 @@ def test_a_best_checkpoint_that_is_lost_makes_way_for_the_best_that_is_left(
     captured = capsys.readouterr()
     assert "the best checkpoint, of epoch 1, is missing or damaged; now it is epoch 3" in captured.err
     assert "chosen on validation: epoch 3" in captured.out
-    assert (run / "best").resolve().name == checkpoint.Position(3).folder_name
+    assert (run / "best").resolve().name == Position(3).folder_name
 
 
 def test_a_best_checkpoint_without_a_successor_leaves_no_dangling_link(
@@ -191,11 +194,11 @@ def test_a_best_checkpoint_without_a_successor_leaves_no_dangling_link(
 def test_a_run_is_resumed_with_the_number_of_processes_it_began_with(finished_run: Path) -> None:
     folder = finished_run / "last"
     settings = checkpoint.read_json(folder / checkpoint.STATE_FILE)["settings"]
-    train.check_settings(folder, settings)
+    check_settings(folder, settings)
     with pytest.raises(UserError, match="cannot resume: the number of processes was 1, now is 2"):
-        train.check_settings(folder, settings | {"processes": 2})
+        check_settings(folder, settings | {"processes": 2})
     with pytest.raises(UserError, match="was written by another version"):
-        train.check_settings(folder, settings | {"unheard_of": 2})
+        check_settings(folder, settings | {"unheard_of": 2})
 
 
 def in_a_child(work: Callable[[], int]) -> int:
@@ -226,12 +229,12 @@ def test_kill_at_any_moment_loses_nothing_but_time(
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
-        has_run = bool(checkpoint.positions(run))
+        has_run = bool(positions(run))
         return train.main([*arguments, "--resume"] if has_run else arguments)
 
     assert os.waitstatus_to_exitcode(in_a_child(killed_run)) == -signal.SIGKILL
     assert os.waitstatus_to_exitcode(in_a_child(killed_run)) in (0, -signal.SIGKILL)
-    resume = ["--resume"] if checkpoint.positions(run) else []
+    resume = ["--resume"] if positions(run) else []
     assert train.main([*arguments, *resume]) == 0
     assert_same_run(run, finished_run)
 
@@ -244,7 +247,7 @@ def test_a_second_signal_leaves_at_once(dataset: Path, tmp_path: Path, after_ste
     after_step(2, twice)
     status = in_a_child(lambda: train.main(train_arguments(dataset, tmp_path / "run")))
     assert os.waitstatus_to_exitcode(status) == 130
-    assert checkpoint.positions(tmp_path / "run") == []
+    assert positions(tmp_path / "run") == []
 
 
 def test_a_real_process_answers_sigterm_by_saving(dataset: Path, tmp_path: Path) -> None:
@@ -256,7 +259,7 @@ def test_a_real_process_answers_sigterm_by_saving(dataset: Path, tmp_path: Path)
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not checkpoint.positions(tmp_path / "run") and process.poll() is None:
+    while not positions(tmp_path / "run") and process.poll() is None:
         time.sleep(0.1)
     process.terminate()
     _, spoken = process.communicate()

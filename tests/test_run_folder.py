@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from imdb_classifier.checkpoints import checkpoint, run_folder
+from imdb_classifier.checkpoints.run_folder import CHECKPOINTS, LINKS, resolve
 from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.training import guards
 from tiny_reviews import train_arguments
@@ -144,7 +145,7 @@ def relinked(write: Callable[[Path, str], object]) -> Callable[[Path, Path], Non
 
     def copy(run: Path, target: Path) -> None:
         copied(run, target)
-        for name in checkpoint.LINKS:
+        for name in LINKS:
             text = os.readlink(target / name)
             (target / name).unlink()
             write(target / name, text)
@@ -188,7 +189,7 @@ def test_a_run_that_has_travelled_predicts_evaluates_and_resumes(
     assert train.main(train_arguments(dataset, run, "--resume")) == 0
     assert capsys.readouterr().err == ""
     assert_same_run(run, finished_run)
-    for name in checkpoint.LINKS:
+    for name in LINKS:
         assert os.readlink(run / name) == os.readlink(finished_run / name)
         assert not os.path.lexists(run / f".{name}")
 
@@ -200,9 +201,9 @@ def test_a_copy_that_is_the_last_intact_checkpoint_is_not_lost(
     run = tmp_path / "run"
     copied_with_links_followed(finished_run, run)
     if harm == "deleted":
-        shutil.rmtree(run / checkpoint.CHECKPOINTS)
+        shutil.rmtree(run / CHECKPOINTS)
     else:
-        for model in (run / checkpoint.CHECKPOINTS).glob("*/model.safetensors"):
+        for model in (run / CHECKPOINTS).glob("*/model.safetensors"):
             model.write_bytes(b"")
     assert train.main(train_arguments(dataset, run)) == 2
     assert train.main(train_arguments(dataset, run, "--resume")) == 0
@@ -214,7 +215,7 @@ def test_a_damaged_checkpoint_with_files_of_the_users_makes_no_way_for_its_copy(
 ) -> None:
     run = tmp_path / "run"
     copied_with_links_followed(finished_run, run)
-    own = run / checkpoint.CHECKPOINTS / checkpoint.resolve(finished_run / "last").name
+    own = run / CHECKPOINTS / resolve(finished_run / "last").name
     (own / "model.safetensors").write_bytes(b"")
     (own / "notes.txt").write_text("mine")
     assert train.main(train_arguments(dataset, run, "--resume")) == 2
@@ -251,7 +252,7 @@ def another_run(place: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [users_notes, users_changed_file, users_folder, users_file, another_run])
-@pytest.mark.parametrize("name", checkpoint.LINKS)
+@pytest.mark.parametrize("name", LINKS)
 def test_what_may_be_the_users_in_the_place_of_a_link_is_kept_and_named(
     put: Callable[[Path], None],
     name: str,
@@ -300,6 +301,6 @@ def test_a_file_system_without_links_holds_a_run_as_well(
     monkeypatch.setattr(Path, "symlink_to", refuse_in_run)
     assert train.main(train_arguments(dataset, run, "--epochs", "1")) == 0
     assert train.main(train_arguments(dataset, run, "--resume")) == 0
-    for name in checkpoint.LINKS:
-        assert checkpoint.resolve(run / name).name == checkpoint.resolve(finished_run / name).name
-    assert snapshot(checkpoint.resolve(run)) == snapshot(checkpoint.resolve(finished_run))
+    for name in LINKS:
+        assert resolve(run / name).name == resolve(finished_run / name).name
+    assert snapshot(resolve(run)) == snapshot(resolve(finished_run))

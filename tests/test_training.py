@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from imdb_classifier.checkpoints import checkpoint, weights
+from imdb_classifier.checkpoints.run_folder import Position, positions
 from imdb_classifier.commands import predict, train
 from imdb_classifier.configuration import PRESETS, TextClassifierConfig
 from imdb_classifier.data.batches import TokenizedReviews
 from imdb_classifier.messages import UserError
 from imdb_classifier.modeling import TextClassifier
-from imdb_classifier.training import guards, inference, reporting
+from imdb_classifier.training import guards, inference, launcher, reporting
 from tiny_reviews import make_rows, train_arguments, write_csv, write_reviews
 from tiny_runs import SOURCES, log_without_clock
 
@@ -100,7 +101,7 @@ def test_the_command_refuses_to_start_with_another_models_optimizer(
     monkeypatch.setattr("torch.optim.Adam", notebooks_adam)
     assert train.main(train_arguments(dataset, tmp_path / "run")) == 2
     assert "the optimizer holds 0 of the model's" in capsys.readouterr().err
-    assert checkpoint.positions(tmp_path / "run") == []
+    assert positions(tmp_path / "run") == []
 
 
 def test_a_run_says_what_ran_and_leaves_metrics_plot_and_tensorboard(
@@ -121,7 +122,7 @@ def test_a_run_says_what_ran_and_leaves_metrics_plot_and_tensorboard(
     best = max(epochs, key=lambda r: (r["epoch/validation_accuracy"], -r["epoch/validation_loss"]))
     assert best["epoch/number"] == int(chosen[1])
     assert f"{best['epoch/test_accuracy']:.4f}" == chosen[3]
-    assert (run / "best").resolve().name == checkpoint.Position(int(chosen[1])).folder_name
+    assert (run / "best").resolve().name == Position(int(chosen[1])).folder_name
     assert (run / reporting.PLOT_FILE).read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").iterdir())
 
@@ -140,10 +141,9 @@ def test_a_prediction_does_not_depend_on_the_batch_it_is_in(finished_run: Path, 
     data = TokenizedReviews.from_lists(
         tokenizer(texts, truncation=True, max_length=24)["input_ids"], [0] * len(texts)
     )
-    accelerator = inference.make_accelerator("fp32", cpu=True)
+    accelerator = launcher.make_accelerator("fp32", cpu=True)
     alone, *batched = (
-        inference.evaluate(model, data, accelerator, batch_size=size, pad_token_id=0).z
-        for size in (1, 2, 7, 16, 60)
+        inference.evaluate(model, data, accelerator, batch_size=size).z for size in (1, 2, 7, 16, 60)
     )
     for z in batched:
         torch.testing.assert_close(z, alone, rtol=0, atol=2e-6)

@@ -1,5 +1,8 @@
 """imdb_classifier: the course notebook's Transformer for IMDB reviews, with its attention chosen by name.
 
+To be read in the order of its imports: configuration, modeling and attention; data/, from files to batches;
+checkpoints/, what a run leaves on the disk; training/, the run itself; commands/, the programs.
+
 Names are loaded when first used, so that a command's `--help` does not wait for torch and transformers.
 """
 
@@ -18,20 +21,6 @@ if TYPE_CHECKING:
         positional_encoding,
     )
 
-_HOME = {
-    "ATTENTION_NAMES": "attention",
-    "choose_attention": "attention",
-    "get_attention": "attention",
-    "PRESETS": "configuration",
-    "TextClassifierConfig": "configuration",
-    "MultiHeadAttention": "modeling",
-    "SelfAttention": "modeling",
-    "TextClassifier": "modeling",
-    "Transformer": "modeling",
-    "TransformerLayer": "modeling",
-    "positional_encoding": "modeling",
-}
-
 __all__ = [
     "ATTENTION_NAMES",
     "PRESETS",
@@ -48,6 +37,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in __all__:
+        for home in ("attention", "configuration", "modeling"):
+            if hasattr(module := import_module(f"{__name__}.{home}"), name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

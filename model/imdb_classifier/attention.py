@@ -7,12 +7,19 @@ All of them share one mask, the tokenizer's `attention_mask` (1 = token); its si
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
 
-ATTENTION_NAMES = ("auto", "padfree", "sdpa", "eager")
+# Where each is; imported when asked for, so that the names alone cost nothing.
+_FUNCTIONS = {
+    "padfree": ("padfree.integrations.transformers", "attention_forward"),
+    "sdpa": ("transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
+    "eager": ("imdb_classifier.modeling", "eager_attention_forward"),
+}
+ATTENTION_NAMES = ("auto", *_FUNCTIONS)
 
 
 def get_attention(name: str) -> Callable[..., Any]:
@@ -21,19 +28,10 @@ def get_attention(name: str) -> Callable[..., Any]:
     Raises:
         ValueError: an unknown name, or "auto", which `choose_attention` resolves.
     """
-    if name == "eager":
-        from imdb_classifier.modeling import eager_attention_forward
-
-        return eager_attention_forward
-    if name == "sdpa":
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward
-    if name == "padfree":
-        from padfree.integrations.transformers import attention_forward
-
-        return attention_forward
-    raise ValueError(f"attention must be one of {', '.join(ATTENTION_NAMES[1:])}, got {name!r}")
+    if name not in _FUNCTIONS:
+        raise ValueError(f"attention must be one of {', '.join(_FUNCTIONS)}, got {name!r}")
+    module, function = _FUNCTIONS[name]
+    return cast(Callable[..., Any], getattr(import_module(module), function))
 
 
 def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:

@@ -8,6 +8,7 @@ name runs here ("eager", "sdpa", "flex_attention", "padfree" once registered) th
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
@@ -49,7 +50,7 @@ def eager_attention_forward(
             scores = scores + attention_mask.masked_fill(hidden, 0)
         # The second selection clears the NaN that softmax leaves in a row without keys.
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).masked_fill(hidden, 0)
-    weights = nn.functional.dropout(weights, dropout, module.training)
+    weights = F.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -93,16 +94,9 @@ class MultiHeadAttention(nn.Module):
         name = getattr(self.config, "_attn_implementation", None) or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         # Padded rows are hidden keys in every layer and the head reads row 0: nobody misses them.
-        out, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.depth**-0.5,
-            skip_padded_queries=not first_row_only,
-        )
+        skip = {"skip_padded_queries": not first_row_only}
+        scaling = self.depth**-0.5
+        out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **skip)
         return self.dense(out.flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -162,9 +156,8 @@ class Transformer(nn.ModuleList):
         config: PreTrainedConfig | None = None,
     ) -> None:
         widths = [input_dim] + [d_model] * (n_layers - 1)
-        super().__init__(
-            TransformerLayer(width, d_model, dff, n_heads, dropout_rate, config) for width in widths
-        )
+        sizes = d_model, dff, n_heads, dropout_rate, config
+        super().__init__(TransformerLayer(width, *sizes) for width in widths)
 
     def forward(self, x: Tensor, attention_mask: Any = None, *, first_row_only: bool = False) -> Tensor:
         """[B,S,input_dim] -> [B,S,E]; with `first_row_only` the last layer computes row 0 alone, [B,1,E]."""
@@ -243,10 +236,8 @@ class TextClassifier(PreTrainedModel):
         if attention_mask is None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
 
-        x = (
-            self.embedding(input_ids) * cast(int, self.config.input_dim) ** 0.5
-            + self.pos_encoding[:, :length]
-        )
+        width = cast(int, self.config.input_dim)
+        x = self.embedding(input_ids) * width**0.5 + self.pos_encoding[:, :length]
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
         x = self.layers(x, mask, first_row_only=self.config.cls_only_last_layer)
         z = self.classification(x[:, 0])
@@ -254,9 +245,7 @@ class TextClassifier(PreTrainedModel):
         loss = None
         if labels is not None:
             # In fp32 whatever the model's precision: a half-precision exp and log would round the loss.
-            loss = nn.functional.binary_cross_entropy_with_logits(
-                z.flatten().float(), labels.flatten().float()
-            )
+            loss = F.binary_cross_entropy_with_logits(z.flatten().float(), labels.flatten().float())
         logits = z if self.config.num_labels == 1 else torch.cat([-z / 2, z / 2], dim=-1)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

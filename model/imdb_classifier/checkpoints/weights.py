@@ -4,16 +4,16 @@ import inspect
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from transformers import PreTrainedTokenizerFast
 
 from imdb_classifier.checkpoints.checkpoint import MANIFEST, MODEL_FILE, read_json, read_manifest, verify
 from imdb_classifier.configuration import TextClassifierConfig
@@ -21,16 +21,13 @@ from imdb_classifier.data.tokenization import check_tokenizer, load_tokenizer
 from imdb_classifier.messages import UserError, warn
 from imdb_classifier.modeling import TextClassifier
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 MAX_LAYERS = 1_000
 CONFIG_FIELDS = {*inspect.get_annotations(TextClassifierConfig), "id2label", "label2id"} - {"attribute_map"}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Written through Python rather than by safetensors, so that a full disk is an OSError like any other."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Written through Python rather than by safetensors, so that a full disk is an OSError like any other.
     path.write_bytes(safetensors.torch.save(content, metadata={"format": "pt"}))
 
 
@@ -41,7 +38,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
 
 
-def save_classifier(folder: Path, model: TextClassifier, tokenizer: "PreTrainedTokenizerFast") -> None:
+def save_classifier(folder: Path, model: TextClassifier, tokenizer: PreTrainedTokenizerFast) -> None:
     """config.json, model.safetensors and the tokenizer, as `from_pretrained` expects them."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
@@ -62,35 +59,26 @@ def save_classifier(folder: Path, model: TextClassifier, tokenizer: "PreTrainedT
 
 def load_classifier(
     folder: Path, attention: str = "sdpa", *, check: bool = True
-) -> tuple[TextClassifier, "PreTrainedTokenizerFast"]:
+) -> tuple[TextClassifier, PreTrainedTokenizerFast]:
     """The classifier, in fp32 and eval mode, and its tokenizer; any `attention` runs any checkpoint.
 
     A folder with a manifest is verified first (`check`), and only the files it lists are read; one without, saved
     by `save_pretrained`, gets a warning. Names, shapes and dtypes are compared with the configuration before any
-    weight is allocated.
-
-    Raises:
-        UserError: something is missing, damaged, or does not fit together.
+    weight is allocated; UserError where something is missing, damaged, or does not fit together.
     """
     if (folder / MANIFEST).exists():
         if check:
             verify(folder)
-        with _view(folder, read_manifest(folder)) as view:
-            return _load(folder, view, attention)
+        # A folder of links to these files alone, since transformers reads what it finds beside a tokenizer.
+        with tempfile.TemporaryDirectory() as view:
+            for name in read_manifest(folder):
+                (Path(view) / name).symlink_to(folder.resolve() / name)
+            return _load(folder, Path(view), attention)
     warn(f"{folder}: has no {MANIFEST}, its bytes cannot be verified")
     return _load(folder, folder, attention)
 
 
-@contextmanager
-def _view(folder: Path, names: Iterable[str]) -> Iterator[Path]:
-    """A folder of links to `names` alone, since transformers reads what it finds beside a tokenizer."""
-    with tempfile.TemporaryDirectory() as view:
-        for name in names:
-            (Path(view) / name).symlink_to(folder.resolve() / name)
-        yield Path(view)
-
-
-def _load(folder: Path, view: Path, attention: str) -> tuple[TextClassifier, "PreTrainedTokenizerFast"]:
+def _load(folder: Path, view: Path, attention: str) -> tuple[TextClassifier, PreTrainedTokenizerFast]:
     config = _load_config(folder)
     _check_header(folder / MODEL_FILE, config)
     tokenizer = load_tokenizer(str(view), config.max_length)
@@ -105,20 +93,17 @@ def _load(folder: Path, view: Path, attention: str) -> tuple[TextClassifier, "Pr
 
 def _load_config(folder: Path) -> TextClassifierConfig:
     """What the model is, from the file; dtype and attention are not the file's to choose."""
-    content = read_json(folder / "config.json")
-    if content.get("model_type") != TextClassifierConfig.model_type:
-        raise UserError(
-            f"{folder / 'config.json'}: model_type is {content.get('model_type')!r}, "
-            f"expected {TextClassifierConfig.model_type!r}"
-        )
+    file, known = folder / "config.json", TextClassifierConfig.model_type
+    content = read_json(file)
+    if (found := content.get("model_type")) != known:
+        raise UserError(f"{file}: model_type is {found!r}, expected {known!r}")
     try:
         own = {name: value for name, value in content.items() if name in CONFIG_FIELDS}
         config = TextClassifierConfig.from_dict({**own, "dtype": "float32"})
         if config.n_layers > MAX_LAYERS:
             raise ValueError(f"n_layers is {config.n_layers}, expected at most {MAX_LAYERS}")
     except Exception as error:  # noqa: BLE001  transformers raises types of its own for a wrong field
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / 'config.json'}: is no usable configuration: {reason}") from None
+        raise UserError(f"{file}: is no usable configuration: {' '.join(str(error).split())}") from None
     return config
 
 
@@ -126,27 +111,23 @@ def _check_header(path: Path, config: TextClassifierConfig) -> None:
     try:
         with safetensors.safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
-            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            found = {name: (list(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
     try:
         with torch.device("meta"):
-            expected = {
-                name: tuple(tensor.shape) for name, tensor in TextClassifier(config).state_dict().items()
-            }
+            model = TextClassifier(config)
     except (RuntimeError, OverflowError, TypeError) as error:
-        raise UserError(
-            f"{path}: config.json asks for a model that cannot exist: {str(error)[:200]}"
-        ) from None
+        reason = str(error)[:200]
+        raise UserError(f"{path}: config.json asks for a model that cannot exist: {reason}") from None
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(set(expected) | set(found)):
         if name not in expected or name not in found:
             problem = "lacks" if name in expected else "holds an unknown"
             raise UserError(f"{path}: {problem} tensor {name}, which does not fit config.json")
         shape, dtype = found[name]
         if shape != expected[name] or dtype not in ("F32", "F16", "BF16"):
-            raise UserError(
-                f"{path}: {name} is {dtype} {list(shape)}, expected floats of {list(expected[name])}"
-            )
+            raise UserError(f"{path}: {name} is {dtype} {shape}, expected floats of {expected[name]}")
 
 
 def save_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -162,21 +143,20 @@ def save_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
 
 def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fill the optimizer's state; its hyper-parameters stay as they were constructed."""
-    by_name: dict[str, dict[str, Tensor]] = {}
+    by_name: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in load_tensors(path).items():
         parameter, _, key = name.rpartition("/")
-        by_name.setdefault(parameter, {})[key] = tensor
-    state = optimizer.state_dict()
+        by_name[parameter][key] = tensor
     names = {parameter: name for name, parameter in model.named_parameters()}
-    held = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    if by_name and set(by_name) != set(held):
+    held = {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if by_name and by_name.keys() != held.keys():
         raise UserError(f"{path}: holds the state of other parameters than the model's")
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, entries in by_name.items():
-        if any(tensor.ndim and tensor.shape != shapes[name] for tensor in entries.values()):
-            raise UserError(f"{path}: the state of {name} has the wrong shape, expected {list(shapes[name])}")
-    state["state"] = {index: by_name[name] for index, name in enumerate(held) if name in by_name}
-    optimizer.load_state_dict(state)
+        shape = held[name].shape
+        if any(tensor.ndim and tensor.shape != shape for tensor in entries.values()):
+            raise UserError(f"{path}: the state of {name} has the wrong shape, expected {list(shape)}")
+    state = {index: by_name[name] for index, name in enumerate(held) if name in by_name}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -188,9 +168,8 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def save_rng(path: Path, states: list[dict[str, Tensor]]) -> None:
-    save_tensors(
-        path, {f"{rank}/{name}": value for rank, state in enumerate(states) for name, value in state.items()}
-    )
+    named = {f"{rank}/{name}": value for rank, state in enumerate(states) for name, value in state.items()}
+    save_tensors(path, named)
 
 
 def load_rng(path: Path, rank: int) -> None:

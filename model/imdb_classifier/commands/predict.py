@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from imdb_classifier.checkpoints.run_folder import resolve
 from imdb_classifier.commands import cli
+from imdb_classifier.data.formats import decode
+from imdb_classifier.data.rows import check_text
 from imdb_classifier.messages import UserError, warn
 
 
@@ -31,25 +34,20 @@ class ReviewParser(cli.OneLineParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ReviewParser(prog="imdb-predict", description=__doc__)
-    parser.add_argument(
+    option = parser.add_argument
+    option(
         "texts",
         nargs="*",
         metavar="TEXT",
         help="a review, behind -- if it starts with a dash; without any, --file or standard input is read",
     )
     cli.add_checkpoint_option(parser)
-    parser.add_argument(
-        "--file", type=Path, help="a text file with one review a line; blank lines are skipped with a warning"
-    )
-    parser.add_argument(
-        "--batch-size", type=cli.positive, default=64, help="reviews at a time (default: %(default)s)"
-    )
+    what = "a text file with one review a line; blank lines are skipped with a warning"
+    option("--file", type=Path, help=what)
+    option("--batch-size", type=cli.positive, default=64, help="reviews at a time")
     cli.add_compute_options(parser)
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object a review, with its line, or its place among the arguments",
-    )
+    what = "print one JSON object a review, with its line, or its place among the arguments"
+    option("--json", action="store_true", help=what)
     return parser
 
 
@@ -61,11 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_texts(options: argparse.Namespace) -> dict[int, str]:
     """The reviews from the one place that was named, by line or by place among the arguments, both from 1.
 
-    Raises:
-        UserError: two places or none were named, or a line is not a review.
+    Raises UserError where two places or none were named, or a line is not a review.
     """
-    from imdb_classifier.data.rows import check_text
-
     if options.texts and options.file:
         raise UserError("reviews are given both as arguments and by --file, expected one of them")
     if options.texts:
@@ -86,8 +81,6 @@ def read_texts(options: argparse.Namespace) -> dict[int, str]:
 
 def read_lines(name: str, raw: bytes) -> dict[int, str]:
     """Line number and text of every line that is not blank, with a warning where answers will have a gap."""
-    from imdb_classifier.data.formats import decode
-
     lines = enumerate(decode(name, raw).split("\n"), start=1)
     texts = {number: line.removesuffix("\r") for number, line in lines if line.strip()}
     if not texts:
@@ -95,46 +88,39 @@ def read_lines(name: str, raw: bytes) -> dict[int, str]:
     # Blank lines at the end are no gap.
     blank = sorted(set(range(1, max(texts))) - texts.keys())
     if blank:
-        warn(
-            f"{name}: blank lines skipped: {len(blank):,}, the first is line {blank[0]}; --json numbers the answers"
-        )
+        skipped = f"blank lines skipped: {len(blank):,}, the first is line {blank[0]}"
+        warn(f"{name}: {skipped}; --json numbers the answers")
     return texts
 
 
 def predict(options: argparse.Namespace) -> int:
-    from imdb_classifier.checkpoints.checkpoint import resolve
-
     numbered = read_texts(options)
     texts = list(numbered.values())
     folder = resolve(options.checkpoint)
-
-    from imdb_classifier.checkpoints import weights
+    # Only now: the faults above are told before torch and transformers take their seconds to load.
+    from imdb_classifier.checkpoints.weights import load_classifier
     from imdb_classifier.configuration import LABELS
     from imdb_classifier.data.batches import TokenizedReviews
     from imdb_classifier.data.tokenization import encode
     from imdb_classifier.training import inference
+    from imdb_classifier.training.launcher import make_accelerator
     from imdb_classifier.training.reporting import progress_of
 
-    accelerator = inference.make_accelerator(options.precision, options.cpu)
+    accelerator = make_accelerator(options.precision, options.cpu)
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
-    model, tokenizer = weights.load_classifier(folder, attention)
+    model, tokenizer = load_classifier(folder, attention)
     token_ids = encode(tokenizer, texts, model.config.max_length)
+    data = TokenizedReviews.from_lists(token_ids, [0] * len(texts))
     with progress_of("predict", len(texts), accelerator.is_main_process) as after_batch:
-        z = inference.evaluate(
-            accelerator.prepare(model),
-            TokenizedReviews.from_lists(token_ids, [0] * len(texts)),
-            accelerator,
-            batch_size=options.batch_size,
-            pad_token_id=model.config.pad_token_id,
-            after_batch=after_batch,
-        ).z
+        model, batch_size = accelerator.prepare(model), options.batch_size
+        result = inference.evaluate(model, data, accelerator, batch_size=batch_size, after_batch=after_batch)
     if not accelerator.is_main_process:
         return 0
     if not options.json:
         print(f"attention: {attention} ({reason})", file=sys.stderr)
-    for (line, text), logit, positive in zip(numbered.items(), z.tolist(), z.sigmoid().tolist(), strict=True):
-        label = LABELS[int(logit > 0)]
-        probability = max(positive, 1 - positive)
+    logits, probabilities = result.z.tolist(), result.z.sigmoid().tolist()
+    for (line, text), logit, positive in zip(numbered.items(), logits, probabilities, strict=True):
+        label, probability = LABELS[int(logit > 0)], max(positive, 1 - positive)
         if options.json:
             record = {"line": line, "label": label, "probability": probability, "logit": logit, "text": text}
             print(json.dumps(record))

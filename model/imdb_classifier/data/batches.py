@@ -7,21 +7,19 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
 from huggingface_hub import constants
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerFast
 
 from imdb_classifier.data.rows import Split
 from imdb_classifier.data.tokenization import encode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 # Batches that are sorted by length together; wide enough to save padding, narrow enough to keep batches random.
 WINDOW_IN_BATCHES = 32
@@ -59,7 +57,7 @@ class TokenizedReviews(torch.utils.data.Dataset):
 
 
 def tokenize(
-    split: Split, tokenizer: "PreTrainedTokenizerFast", max_length: int, cache_dir: Path | None = None
+    split: Split, tokenizer: PreTrainedTokenizerFast, max_length: int, cache_dir: Path | None = None
 ) -> TokenizedReviews:
     """Token ids of every review, cut at `max_length`; computed once and kept on disk by content.
 
@@ -77,11 +75,10 @@ def tokenize(
     # the SHA-256 of what follows, and safetensors
     content = cache_file.read_bytes() if cache_file.exists() else b""
     if content[:32] != hashlib.sha256(content[32:]).digest():
-        ids = [
-            torch.tensor(review, dtype=torch.int32)
-            for at in range(0, len(split), REVIEWS_AT_A_TIME)
-            for review in encode(tokenizer, split.texts[at : at + REVIEWS_AT_A_TIME], max_length)
-        ]
+        ids = []
+        for at in range(0, len(split), REVIEWS_AT_A_TIME):
+            encoded = encode(tokenizer, split.texts[at : at + REVIEWS_AT_A_TIME], max_length)
+            ids += [torch.tensor(review, dtype=torch.int32) for review in encoded]
         lengths = torch.tensor([len(review) for review in ids], dtype=torch.int32)
         body = safetensors.torch.save({"ids": torch.cat(ids), "lengths": lengths})
         content = hashlib.sha256(body).digest() + body
@@ -132,18 +129,13 @@ class ReviewBatches(Sampler[list[int]]):
     ):
         self.batch_size = batch_size
         generator = torch.Generator().manual_seed(_mix(seed, epoch))
-        order = (
-            torch.randperm(len(lengths), generator=generator).tolist()
-            if shuffle
-            else list(range(len(lengths)))
-        )
+        order = list(range(len(lengths)))
+        if shuffle:
+            order = torch.randperm(len(lengths), generator=generator).tolist()
         if group_by_length:
             window = batch_size * WINDOW_IN_BATCHES if shuffle else len(order)
-            order = [
-                row
-                for at in range(0, len(order), window)
-                for row in sorted(order[at : at + window], key=lengths.__getitem__)
-            ]
+            windows = [order[at : at + window] for at in range(0, len(order), window)]
+            order = [row for rows in windows for row in sorted(rows, key=lengths.__getitem__)]
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
         if group_by_length and shuffle:
             batches = [batches[at] for at in torch.randperm(len(batches), generator=generator).tolist()]
@@ -162,23 +154,17 @@ def _mix(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "big") >> 1
 
 
-@dataclass(frozen=True)
-class Padding:
-    """Collate B reviews, padded on the right to the longest: see `__call__`."""
+def pad(reviews: Sequence[tuple[Tensor, Tensor, int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Collate B reviews, padded on the right to the longest.
 
-    pad_token_id: int
-
-    def __call__(self, reviews: Sequence[tuple[Tensor, Tensor, int]]) -> dict[str, Tensor]:
-        """input_ids int64 [B,S], attention_mask int64 [B,S] with 1 = token, labels [B], row numbers [B]."""
-        ids = [ids for ids, _, _ in reviews]
-        lengths = torch.tensor([len(review) for review in ids])
-        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
-        return {
-            "input_ids": input_ids.long(),
-            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            "labels": torch.stack([label for _, label, _ in reviews]),
-            "rows": torch.tensor([row for _, _, row in reviews]),
-        }
+    Returns: input_ids int64 [B,S], attention_mask int64 [B,S] with 1 = token, labels [B], row numbers [B].
+    """
+    ids, labels, rows = zip(*reviews, strict=True)
+    lengths = torch.tensor([len(review) for review in ids])
+    input_ids = pad_sequence(list(ids), batch_first=True, padding_value=pad_token_id).long()
+    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    batch = {"input_ids": input_ids, "attention_mask": mask}
+    return batch | {"labels": torch.stack(labels), "rows": torch.tensor(rows)}
 
 
 def make_loader(
@@ -187,7 +173,7 @@ def make_loader(
     return torch.utils.data.DataLoader(
         data,
         batch_sampler=batches,
-        collate_fn=Padding(pad_token_id),
+        collate_fn=partial(pad, pad_token_id=pad_token_id),
         num_workers=workers,
         worker_init_fn=_leave_signals_to_parent,
         # Its own generator: starting an iterator must not draw from the one that dropout uses.

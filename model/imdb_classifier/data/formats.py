@@ -4,14 +4,13 @@ import csv
 import gzip
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from imdb_classifier.data.labels import WORDS, by_class_name, read_label
-from imdb_classifier.data.rows import Reading, Row, Split, show
+from imdb_classifier.data.rows import LABEL_WORDS, Reading, Row, Split, by_class_name, read_label, show
 from imdb_classifier.messages import UserError
 
 FORMS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
@@ -30,29 +29,34 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "~$", "__MACOSX")) or name.endswith("~")
 
 
-def is_labelled_folder(path: Path) -> bool:
-    """Whether a folder holds one review a file in pos and neg, as Stanford's does."""
-    return path.is_dir() and bool(_labelled_folders(path))
+def labelled_folders(path: Path) -> list[Path]:
+    """The folders pos and neg in a folder that holds one review a file, as Stanford's does; none in any other path."""
+    folders = path.iterdir() if path.is_dir() else ()
+    return sorted(folder for folder in folders if folder.name.lower() in LABEL_WORDS and folder.is_dir())
 
 
 def read_file(path: Path, reading: Reading) -> Split:
     """Read and check one file with a column of texts and one of labels, or one folder with pos and neg.
 
-    Raises:
-        UserError: it is none of the forms, cannot be read, or holds what is no review.
+    Raises UserError if it is none of the forms, cannot be read, or holds what is no review.
     """
-    if is_labelled_folder(path):
+    if folders := labelled_folders(path):
         reading.refuse_columns(str(path))
-        return reading.split(str(path), _folder_rows(path))
+        return reading.split(str(path), _folder_rows(folders))
     form = form_of(path)
     if form is None:
         raise UserError(f"{path}: is no data file, expected one ending in {EXPECTED_NAMES}")
     if path.is_dir():
         raise UserError(f"{path}: is a directory, expected a file")
     _check_regular(path)
-    return reading.split(
-        str(path), _parquet_rows(path, reading) if form == ".parquet" else _text_rows(path, form, reading)
-    )
+    if form == ".parquet":
+        return reading.split(str(path), _parquet_rows(path, reading))
+    content = decode(str(path), _read(path))
+    if not content.strip():
+        raise UserError(f"{path}: is empty, expected reviews")
+    if form in DELIMITERS:
+        return reading.split(str(path), _table_rows(path, content, DELIMITERS[form], reading))
+    return reading.split(str(path), _json_rows(path, content, reading))
 
 
 def _check_regular(path: Path) -> None:
@@ -61,18 +65,13 @@ def _check_regular(path: Path) -> None:
         raise UserError(f"{path}: is no regular file, expected one")
 
 
-def _labelled_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.lower() in WORDS and path.is_dir())
-
-
-def _folder_rows(folder: Path) -> Iterator[Row]:
+def _folder_rows(folders: Sequence[Path]) -> Iterator[Row]:
     """The .txt files in neg and pos in the order of their names; other folders, such as unsup, hold no labels."""
-    for labelled in _labelled_folders(folder):
-        for name in sorted(os.listdir(labelled)):
-            if name.endswith(".txt") and not is_hidden(name):
-                path = labelled / name
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if path.name.endswith(".txt") and not is_hidden(path.name):
                 _check_regular(path)
-                yield str(path), decode(str(path), _read(path)), labelled.name
+                yield str(path), decode(str(path), _read(path)), folder.name
 
 
 def _read(path: Path) -> bytes:
@@ -91,18 +90,8 @@ def decode(name: str, raw: bytes) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{name}:{line}: byte {raw[error.start]:#04x} is not UTF-8, expected UTF-8 text"
-        ) from None
-
-
-def _text_rows(path: Path, form: str, reading: Reading) -> Iterator[Row]:
-    content = decode(str(path), _read(path))
-    if not content.strip():
-        raise UserError(f"{path}: is empty, expected reviews")
-    if form in DELIMITERS:
-        return _table_rows(path, content, DELIMITERS[form], reading)
-    return _json_rows(path, content, reading)
+        byte = f"{raw[error.start]:#04x}"
+        raise UserError(f"{name}:{line}: byte {byte} is not UTF-8, expected UTF-8 text") from None
 
 
 def _table_rows(path: Path, content: str, delimiter: str, reading: Reading) -> Iterator[Row]:
@@ -138,32 +127,26 @@ def _parse_table(path: Path, content: str, delimiter: str) -> list[tuple[int, in
                 rows.append((line, reader.line_num, cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: {_describe(error, reader.line_num)}") from None
+        if "unexpected end" in str(error):
+            fault = "a quotation mark in this row is never closed, expected one at the end of the text"
+        else:
+            fault = (
+                f"a quotation mark opens in this row and closes in line {reader.line_num} with text behind it, "
+                "expected it at the end of the text, or doubled inside"
+            )
+        raise UserError(f"{path}:{line}: {fault}") from None
     finally:
         csv.field_size_limit(limit_before)
     return rows
 
 
-def _describe(error: csv.Error, last_line: int) -> str:
-    if "unexpected end" in str(error):
-        return "a quotation mark in this row is never closed, expected one at the end of the text"
-    return (
-        f"a quotation mark opens in this row and closes in line {last_line} with text behind it, "
-        "expected it at the end of the text, or doubled inside"
-    )
-
-
 def _count_rows(cell: str, delimiter: str, columns: int, label_at: int) -> int:
     """How many lines of a cell look like whole rows: two lost quotation marks make one cell of what is between."""
-    lines = [line.split(delimiter) for line in cell.splitlines()]
-    return sum(len(cells) == columns and _is_label(cells[label_at]) for cells in lines)
-
-
-def _is_label(written: str) -> bool:
-    try:
-        return read_label(written) is not None
-    except ValueError:
-        return False
+    count = 0
+    for cells in (line.split(delimiter) for line in cell.splitlines()):
+        with suppress(ValueError):
+            count += len(cells) == columns and read_label(cells[label_at]) is not None
+    return count
 
 
 class _Record(dict[str, Any]):
@@ -193,23 +176,19 @@ def _json_records(path: Path, content: str) -> Iterator[tuple[str, _Record]]:
     for line, document in documents:
         if not document.strip():
             continue
+        where = f"{path}:{max(line, 1)}"
         try:
             parsed = json.loads(document, object_pairs_hook=_Record)
         except json.JSONDecodeError as error:
+            fault = f"{path}:{max(line, error.lineno)}: {error.msg} at column {error.colno}, expected JSON"
             if _is_spread_object(content):
-                raise UserError(
-                    f"{path}: holds a JSON object over several lines, expected one object a line or an array of objects"
-                ) from None
-            raise UserError(
-                f"{path}:{max(line, error.lineno)}: {error.msg} at column {error.colno}, expected JSON"
-            ) from None
+                fault = f"{path}: holds a JSON object over several lines, expected one object a line or an array of objects"
+            raise UserError(fault) from None
         except RecursionError:
-            raise UserError(
-                f"{path}:{max(line, 1)}: JSON is nested too deeply, expected flat objects"
-            ) from None
+            raise UserError(f"{where}: JSON is nested too deeply, expected flat objects") from None
         except ValueError:
             # Python reads no integer of more than 4,300 digits.
-            raise UserError(f"{path}:{max(line, 1)}: a number has too many digits, expected 0 or 1") from None
+            raise UserError(f"{where}: a number has too many digits, expected 0 or 1") from None
         for row, record in enumerate(parsed if is_array else [parsed], start=1):
             where = f"{path}:{row if is_array else line}"
             if not isinstance(record, _Record):
@@ -241,8 +220,7 @@ def _parquet_rows(path: Path, reading: Reading) -> Iterator[Row]:
         texts, labels = (table[name].to_pylist() for name in names)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         # The last two where a value, such as a date, has no counterpart in Python.
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as parquet: {reason}") from None
+        raise UserError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
     for row, (text, label) in enumerate(zip(texts, labels, strict=True), start=1):
         yield f"{path}:{row}", text, by_class_name(label, class_names)
 
@@ -250,9 +228,7 @@ def _parquet_rows(path: Path, reading: Reading) -> Iterator[Row]:
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str] | None:
     """What the classes 0, 1, ... are called, where the package datasets wrote it into the file."""
     try:
-        names: Sequence[str] = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column][
-            "names"
-        ]
-        return [str(name) for name in names]
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[column]["names"]]
     except (KeyError, ValueError, TypeError):
         return None

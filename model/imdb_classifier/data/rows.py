@@ -1,4 +1,4 @@
-"""Rows become reviews: each is checked, and those without a text or a label are left out, counted and told.
+"""Rows become reviews: labels become 0 or 1; rows without a text or a label are left out, counted and told.
 
 A row is (where, text, label). `where` opens every message about it, `file:row`: a line of a CSV or JSON Lines file,
 a 1-based row elsewhere.
@@ -9,13 +9,42 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from imdb_classifier.data.labels import EXPECTED, read_label
 from imdb_classifier.messages import UserError, warn
 
 Row = tuple[str, Any, Any]
 # The Hub's names and Kaggle's; the first that a file has is taken.
 TEXT_COLUMNS = ("text", "review")
 LABEL_COLUMNS = ("label", "sentiment")
+
+# Also the names of the folders that hold one review a file.
+LABEL_WORDS = {"neg": 0, "negative": 0, "pos": 1, "positive": 1}
+EXPECTED_LABELS = "0 or 1, neg or pos, negative or positive, false or true"
+_KNOWN_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, **LABEL_WORDS}
+# -1 is what the Hub gives reviews that nobody labelled.
+_MISSING_LABELS = ("", "nan", "null", "-1", "-1.0")
+
+
+def read_label(label: Any) -> int | None:
+    """0 or 1, or None where there is no label: null, NaN, "" or -1; ValueError for anything else.
+
+    Upper case and white space around do not count.
+    """
+    written = str(label).strip().lower() if isinstance(label, str | int | float) else "of another type"
+    if label is None or written in _MISSING_LABELS:
+        return None
+    if written not in _KNOWN_LABELS:
+        raise ValueError(f"expected {EXPECTED_LABELS}")
+    return _KNOWN_LABELS[written]
+
+
+def by_class_name(label: Any, names: Sequence[str] | None) -> Any:
+    """A class number as the word it stands for, where the data set says so: its 0 may mean positive.
+
+    Names that are no words for the two labels say nothing: Yelp's classes 0 and 1 are called "1" and "2".
+    """
+    if names is None or not all(name.lower() in LABEL_WORDS for name in names):
+        return label
+    return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
 
 
 @dataclass
@@ -31,6 +60,14 @@ class Split:
     def take(self, rows: Iterable[int]) -> "Split":
         chosen = list(rows)
         return Split([self.texts[row] for row in chosen], [self.labels[row] for row in chosen])
+
+    @classmethod
+    def joined(cls, parts: Iterable["Split"]) -> "Split":
+        whole = cls()
+        for part in parts:
+            whole.texts += part.texts
+            whole.labels += part.labels
+        return whole
 
 
 @dataclass
@@ -54,11 +91,7 @@ class Reading:
     _skipped: list[str] = field(default_factory=list)
 
     def columns(self, where: str, names: Sequence[str]) -> tuple[str, str]:
-        """Which of a file's columns hold the texts and the labels.
-
-        Raises:
-            UserError: there is no such column, or two of one name.
-        """
+        """Which of a file's columns hold the texts and the labels; UserError unless there is one of each."""
         text = _column(where, names, "--text-column", self.text_column, TEXT_COLUMNS)
         label = _column(where, names, "--label-column", self.label_column, LABEL_COLUMNS)
         if text == label:
@@ -70,9 +103,8 @@ class Reading:
     def refuse_columns(self, source: str) -> None:
         """Raise UserError if columns were named for a source that has none to choose from."""
         if self.text_column is not None or self.label_column is not None:
-            raise UserError(
-                f"{source}: has no columns to choose from, leave out --text-column and --label-column"
-            )
+            fault = "has no columns to choose from, leave out --text-column and --label-column"
+            raise UserError(f"{source}: {fault}")
 
     def note(self, line: str) -> None:
         if line not in self.notes:
@@ -81,8 +113,7 @@ class Reading:
     def split(self, name: str, rows: Iterable[Row]) -> Split:
         """The reviews of one file, folder or Hub split.
 
-        Raises:
-            UserError: a row cannot be used, more than half have no text or no label, or there are none.
+        Raises UserError if a row cannot be used, more than half have no text or no label, or there are none.
         """
         rows, split, skipped = list(rows), Split(), list[str]()
         for where, text, label in rows:
@@ -90,7 +121,7 @@ class Reading:
             if _is_missing(text):
                 fault, expected = f"{where}: text is empty", "a review"
             elif number is None:
-                fault, expected = f"{where}: label is {show(label)}", EXPECTED
+                fault, expected = f"{where}: label is {show(label)}", EXPECTED_LABELS
             else:
                 check_text(where, text)
                 split.texts.append(text)
@@ -156,16 +187,10 @@ def check_text(where: str, text: Any) -> None:
         raise UserError(f"{where}: text is {show(text)}, expected a string")
     if "\0" in text:
         raise UserError(f"{where}: text holds a NUL byte, expected plain text")
-    if not _is_unicode(text):
-        raise UserError(f"{where}: text holds half a surrogate pair, expected valid Unicode")
-
-
-def _is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise UserError(f"{where}: text holds half a surrogate pair, expected valid Unicode") from None
 
 
 def show(value: Any) -> str:

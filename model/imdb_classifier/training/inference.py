@@ -2,55 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from imdb_classifier.attention import choose_attention
 from imdb_classifier.data.batches import ReviewBatches, TokenizedReviews, make_loader
 from imdb_classifier.messages import NonFiniteError, UserError
-from imdb_classifier.training import launcher
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(precision: str, cpu: bool) -> "Accelerator":
-    """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes.
-
-    Raises:
-        UserError: the precision cannot run here, or what a launcher has set in the environment cannot be served.
-    """
-    launcher.check(MIXED_PRECISION[precision])
-    from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration
-
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    # accelerate looks for processes on the CPU only where it is told to stay there.
-    alone_or_on_gpus = launcher.process_count() == 1 or torch.accelerator.is_available()
-    try:
-        accelerator = Accelerator(
-            mixed_precision=MIXED_PRECISION[precision],
-            cpu=cpu or not alone_or_on_gpus,
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
-        )
-    except (ValueError, ImportError, torch.distributed.DistError) as error:
-        refused = "accelerate" if precision == "fp32" else f"precision {precision}"
-        raise UserError(f"{refused} cannot run here: {str(error).splitlines()[0]}") from None
-    # accelerate turns it on beside torch.compile; --precision fp32 is no TF32.
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    launcher.check_processes(accelerator)
-    launcher.say_what_was_taken(accelerator, cpu)
-    return accelerator
-
-
-def resolve_attention(name: str, accelerator: "Accelerator", precision: str) -> tuple[str, str]:
+def resolve_attention(name: str, accelerator: Accelerator, precision: str) -> tuple[str, str]:
     """(name, reason) of the attention that will run; an explicit name that cannot run is a UserError."""
-    from imdb_classifier.attention import choose_attention
-
     try:
         return choose_attention(name, accelerator.device, DTYPES[precision])
     except (RuntimeError, ValueError) as error:
@@ -70,10 +36,9 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     data: TokenizedReviews,
-    accelerator: "Accelerator",
+    accelerator: Accelerator,
     *,
     batch_size: int,
-    pad_token_id: int,
     workers: int = 0,
     after_batch: Callable[[int], None] = lambda reviews: None,
 ) -> Evaluation:
@@ -88,15 +53,15 @@ def evaluate(
         NonFiniteError: a logit is NaN or infinite, so that there is no loss and no label.
     """
     batches = ReviewBatches(data.lengths, batch_size, shuffle=False)
+    pad_token_id = accelerator.unwrap_model(model).config.pad_token_id
     loader = accelerator.prepare_data_loader(make_loader(data, batches, pad_token_id, workers))
     was_training = model.training
     model.eval()
     z = torch.empty(len(data))
     try:
         for batch in loader:
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).logits.float()
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            logits = model(**inputs).logits.float()
             # Rows travel along: several processes may repeat a review to fill the last batch.
             rows, margin = accelerator.gather((batch["rows"], logits[:, 1] - logits[:, 0]))
             z[rows.cpu()] = margin.cpu()
@@ -113,6 +78,6 @@ def evaluate(
     return Evaluation(
         z,
         # In fp64, where the mean of finite losses is finite.
-        nn.functional.binary_cross_entropy_with_logits(z.double(), labels).item(),
+        F.binary_cross_entropy_with_logits(z.double(), labels).item(),
         ((z > 0) == (labels > 0)).double().mean().item(),
     )

@@ -5,12 +5,12 @@ what a command computes must be one of the command's own options, since those ar
 """
 
 import os
-from typing import TYPE_CHECKING
+
+import accelerate
+import torch
+from accelerate.utils import DataLoaderConfiguration
 
 from imdb_classifier.messages import UserError, note
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 ON = ("1", "on", "t", "true", "y", "yes")
 OFF = ("0", "off", "f", "false", "n", "no")
@@ -34,68 +34,53 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 
 # What is taken, and said where it changes anything: see `say_what_was_taken`.
 FLAGS = (
-    "ACCELERATE_USE_CPU",
-    "ACCELERATE_DEBUG_MODE",
-    "ACCELERATE_CPU_AFFINITY",
-    "ACCELERATE_ENABLE_RICH",
-    "ACCELERATE_DYNAMO_USE_FULLGRAPH",
-    "ACCELERATE_DYNAMO_USE_DYNAMIC",
+    *("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_ENABLE_RICH"),
+    *("ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_DYNAMIC"),
 )
 CHOICES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 PROCESS_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
-# Without effect on a command's result, by name or by beginning: they qualify a setting that is refused, or concern
-# messages, libraries that are not used, and how processes reach each other.
+# Without effect on a command's result, by name or by beginning: they concern messages, how processes reach each other,
+# or qualify a setting that is refused.
 INERT = (
-    "ACCELERATE_ALLOW_CP_STANDALONE",
-    "ACCELERATE_BYPASS_DEVICE_MAP",
-    "ACCELERATE_CONFIG_DS_FIELDS",
-    "ACCELERATE_DEBUG_RDV_FILE",
-    "ACCELERATE_DEEPSPEED_",
-    "ACCELERATE_FP8_",
-    "ACCELERATE_INIT_INCLUDE_BUFFERS",
-    "ACCELERATE_LOG_LEVEL",
-    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE",
-    "CLEARML_",
-    "CUDA_VISIBLE_DEVICES",
-    "DEEPSPEED_",
-    "FORK_LAUNCHED",
-    "FP8_",
-    "FSDP_",
-    "LOCAL_",
-    "MASTER_",
-    "MEGATRON_LM_",
-    "MLFLOW_",
-    "MPI_",
-    "MV2_COMM_WORLD_",
-    "NCCL_",
-    "OMPI_COMM_WORLD_",
-    "OMP_NUM_THREADS",
-    "PARALLELISM_CONFIG_",
-    "PMI_RANK",
-    "PT_HPU_",
-    "PYTORCH_",
-    "RANK",
-    "USE_TORCH_XLA",
-    "XLA_",
-    "systemdrive",
+    *("ACCELERATE_ALLOW_CP_STANDALONE", "ACCELERATE_BYPASS_DEVICE_MAP", "ACCELERATE_CONFIG_DS_FIELDS"),
+    *("ACCELERATE_DEBUG_RDV_FILE", "ACCELERATE_DEEPSPEED_", "ACCELERATE_FP8_", "ACCELERATE_LOG_LEVEL"),
+    *("ACCELERATE_INIT_INCLUDE_BUFFERS", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE"),
 )
 
 
-def is_known(name: str) -> bool:
-    """Whether it is decided what becomes of the environment variable `name`."""
-    return name in (*REFUSED, *FLAGS, *CHOICES, *PROCESS_COUNTS) or name.startswith(INERT)
+def make_accelerator(precision: str, cpu: bool) -> accelerate.Accelerator:
+    """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes.
+
+    Raises UserError where the precision cannot run here, or what a launcher set in the environment cannot be served.
+    """
+    mixed_precision = "no" if precision == "fp32" else precision
+    check(mixed_precision)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    # accelerate looks for processes on the CPU only where it is told to stay there.
+    alone_or_on_gpus = process_count() == 1 or torch.accelerator.is_available()
+    try:
+        accelerator = accelerate.Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=cpu or not alone_or_on_gpus,
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+        )
+    except (ValueError, ImportError, torch.distributed.DistError) as error:
+        refused = "accelerate" if precision == "fp32" else f"precision {precision}"
+        raise UserError(f"{refused} cannot run here: {str(error).splitlines()[0]}") from None
+    # accelerate turns it on beside torch.compile; --precision fp32 is no TF32.
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    check_processes(accelerator)
+    say_what_was_taken(accelerator, cpu)
+    return accelerator
 
 
 def check(mixed_precision: str) -> None:
-    """Refuse what the environment asks of accelerate and these commands do not do.
+    """Raise UserError where the environment asks of accelerate what these commands do not do.
 
-    Args:
-        mixed_precision: accelerate's name for what --precision chose.
-
-    Raises:
-        UserError: a setting is refused, contradicts --precision, or is no value of its kind.
+    That is a setting that is refused, or no value of its kind, or contradicts `mixed_precision`, accelerate's name for
+    what --precision chose.
     """
     for name in sorted(os.environ):
         value = os.environ[name].lower()
@@ -109,29 +94,22 @@ def check(mixed_precision: str) -> None:
             raise UserError(f"{name}={os.environ[name]}: expected true or false")
         if name in PROCESS_COUNTS and not value.isdecimal():
             raise UserError(f"{name}={os.environ[name]}: expected a number of processes")
-        if name.startswith("ACCELERATE_") and not is_known(name):
+        known = name in (*REFUSED, *FLAGS, *CHOICES) or name.startswith(INERT)
+        if name.startswith("ACCELERATE_") and not known:
             raise UserError(f"{name} is not known here, so what it would change is not either: unset it")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     # `accelerate launch` always sets it, to "no" unless asked for more.
     if asked not in ("no", mixed_precision):
-        raise UserError(
-            f"ACCELERATE_MIXED_PRECISION={asked} is not what --precision says, which is {mixed_precision}: "
-            "choose with --precision"
-        )
-    _check_compilation(os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower())
-
-
-def _check_compilation(name: str) -> None:
-    if name == "no":
-        return
-    from torch import _dynamo
-
-    for variable, value, known in (
-        ("ACCELERATE_DYNAMO_BACKEND", name, _dynamo.list_backends(exclude_tags=())),
-        ("ACCELERATE_DYNAMO_MODE", os.environ.get("ACCELERATE_DYNAMO_MODE", "default"), COMPILE_MODES),
-    ):
-        if value not in known:
-            raise UserError(f"{variable}={value}: expected one of {', '.join(sorted(known))}")
+        differs = f"is not what --precision says, which is {mixed_precision}"
+        raise UserError(f"ACCELERATE_MIXED_PRECISION={asked} {differs}: choose with --precision")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
+        backends = torch.compiler.list_backends(exclude_tags=())
+        for kind, value, choices in (("BACKEND", backend, backends), ("MODE", mode, COMPILE_MODES)):
+            if value not in choices:
+                expected = f"expected one of {', '.join(sorted(choices))}"
+                raise UserError(f"ACCELERATE_DYNAMO_{kind}={value}: {expected}")
 
 
 def process_count() -> int:
@@ -140,7 +118,7 @@ def process_count() -> int:
     return max((int(os.environ[name]) for name in PROCESS_COUNTS if name in os.environ), default=1)
 
 
-def check_processes(accelerator: "Accelerator") -> None:
+def check_processes(accelerator: accelerate.Accelerator) -> None:
     """Raise UserError where the processes of a launcher have not found each other: each would do the whole work."""
     started = process_count()
     if started > 1 and accelerator.num_processes == 1:
@@ -150,7 +128,7 @@ def check_processes(accelerator: "Accelerator") -> None:
         )
 
 
-def say_what_was_taken(accelerator: "Accelerator", cpu: bool) -> None:
+def say_what_was_taken(accelerator: accelerate.Accelerator, cpu: bool) -> None:
     """A note on standard error for each setting that changes how the command computes; `cpu` is --cpu."""
     if not accelerator.is_main_process:
         return

@@ -4,14 +4,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imdb_classifier.checkpoints.checkpoint import Position
+from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "curves.png"
+from imdb_classifier.checkpoints.run_folder import BOARD_FOLDER, METRICS_FILE, PLOT_FILE, Position
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -28,11 +29,8 @@ class Progress:
         self.label, self.total, self.unit, self.say, self.done = label, total, unit, say, done
         self._began = self._said_at = time.monotonic()
         self._reviews = 0
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False)
+        # Without `disable=None` it would be drawn into a file as well.
+        self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, disable=None)
 
     def advance(self, steps: int, reviews: int, note: str = "") -> None:
         """After `steps` more steps, in which `reviews` were computed; `note` stands before their rate."""
@@ -40,7 +38,7 @@ class Progress:
         self._reviews += reviews
         now = time.monotonic()
         rate = f"{note}{self._reviews / max(now - self._began, 1e-9):,.0f} reviews/s"
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.update(self.done - self._bar.n)
             self._bar.set_postfix_str(rate, refresh=False)
         elif now - self._said_at >= SECONDS_BETWEEN_LINES:
@@ -48,9 +46,7 @@ class Progress:
             self.say(f"{self.label}: {self.unit} {self.done:,}/{self.total:,}, {rate}")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
 
 @contextmanager
@@ -62,11 +58,9 @@ def progress_of(label: str, reviews: int, active: bool) -> Iterator[Callable[[in
     if not active:
         yield lambda batch: None
         return
-    progress = Progress(label, reviews, "review", lambda line: print(line, file=sys.stderr, flush=True))
-    try:
+    say = partial(print, file=sys.stderr, flush=True)
+    with closing(Progress(label, reviews, "review", say)) as progress:
         yield lambda batch: progress.advance(batch, batch)
-    finally:
-        progress.close()
 
 
 class Reporter:
@@ -78,35 +72,14 @@ class Reporter:
         self._progress: Progress | None = None
         self._board: Any = None
         if active:
-            self._drop_metrics_after(position)
+            drop_metrics_after(position, run_folder / METRICS_FILE)
             self._file = (run_folder / METRICS_FILE).open("a", encoding="utf-8")
-            self._board = self._open_board()
-
-    def _drop_metrics_after(self, position: Position) -> None:
-        """A resumed run repeats the batches after its checkpoint; their old lines would stand twice."""
-        path = self.run_folder / METRICS_FILE
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                record = json.loads(line)
-                if Position(record["epoch"], record["batch"]) <= position:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                # The last line of a killed run may be cut short.
-                continue
-        rewritten = path.with_name(f".{path.name}")
-        rewritten.write_text("".join(kept), encoding="utf-8")
-        rewritten.replace(path)
+                from torch.utils.tensorboard import SummaryWriter
 
-    def _open_board(self) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.say("TensorBoard log: not written, pip install tensorboard to have one")
-            return None
-        return SummaryWriter(str(self.run_folder / "tensorboard"))
+                self._board = SummaryWriter(str(run_folder / BOARD_FOLDER))
+            except ImportError:
+                self.say("TensorBoard log: not written, pip install tensorboard to have one")
 
     def say(self, line: str) -> None:
         if self.active:
@@ -142,8 +115,6 @@ class Reporter:
         if not self.active:
             return
         try:
-            from imdb_classifier.training.plotting import plot_history
-
             plot_history(history, self.run_folder / PLOT_FILE)
         except ModuleNotFoundError as error:
             self.say(f"plot: not drawn, pip install {error.name} to have one")
@@ -154,3 +125,40 @@ class Reporter:
             self._file.close()
             if self._board is not None:
                 self._board.close()
+
+
+def drop_metrics_after(position: Position, path: Path) -> None:
+    """A resumed run repeats the batches after its checkpoint; their old lines would stand twice."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        # The last line of a killed run may be cut short.
+        with suppress(ValueError, KeyError, TypeError):
+            record = json.loads(line)
+            if Position(record["epoch"], record["batch"]) <= position:
+                kept.append(line + "\n")
+    rewritten = path.with_name(f".{path.name}")
+    rewritten.write_text("".join(kept), encoding="utf-8")
+    rewritten.replace(path)
+
+
+def plot_history(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw the epochs' records (`loss`, `*_accuracy`) to a PNG at `path`."""
+    # Without pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+
+    epochs = [record["number"] for record in history]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves = [(left, "train", "loss"), (left, "validation", "validation_loss")]
+    curves += [(right, name, f"{name}_accuracy") for name in ("train", "validation", "test")]
+    for axes, label, key in curves:
+        axes.plot(epochs, [record[key] for record in history], marker="o", label=label)
+    best = max(history, key=lambda record: record["validation_accuracy"])
+    right.axvline(best["number"], color="grey", linestyle=":", label="chosen on validation")
+    for axes, ylabel in ((left, "loss (binary cross entropy)"), (right, "accuracy")):
+        axes.set(xlabel="epoch", ylabel=ylabel, xticks=epochs)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
