@@ -1,8 +1,8 @@
 """`python -m bench attention`: every peer on every case, checked, then timed side by side."""
 
-import argparse
 import functools
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,15 +16,7 @@ from padfree_bench.measuring.machine import pick_device
 from padfree_bench.measuring.results import AGAIN, FAULT, OK, SECOND_WAVE, UPPER_BOUND, Result, Row
 from padfree_bench.measuring.timing import WAIT_US, Call
 from padfree_bench.peers import Peer, Prepared, choose_peers
-from padfree_bench.suites.contenders import (
-    Contest,
-    excused,
-    fill_profile,
-    fill_rates,
-    refuse,
-    release,
-    start_row,
-)
+from padfree_bench.suites.contenders import Contest, excused, fill_profile, fill_rates, refuse, start_row
 from padfree_bench.suites.session import Session, pick
 
 HOST_BOUND = "issued slower than the GPU was kept waiting: the time holds host time, trust graph_ms"
@@ -139,9 +131,7 @@ def run_case(
             if any(contender.prepared is not None for contender in contenders):
                 contenders = [*(enter(peer, training=training) for peer in anchors), *contenders]
             for direction in wanted:
-                rows = run_direction(session, direction, contenders, inputs)
-                release()
-                yield rows
+                yield run_direction(session, direction, contenders, inputs)
 
 
 def run_second_wave(
@@ -176,7 +166,7 @@ def agreement(result: Result) -> tuple[int, int]:
     return sum(agree), len(agree)
 
 
-def run(options: argparse.Namespace, command: list[str]) -> Result:
+def run(options: Namespace, command: list[str]) -> Result:
     """The attention suite as the command line asks for it."""
     device = pick_device()
     cases = choose_cases(device.type, options.shapes, options.dtypes, options.quick)
@@ -185,12 +175,12 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     session = Session("attention", options, command, {case.dtype for case in cases})
     fast = [peer for peer in peers if not peer.slow_to_compile]
     # What is ready is timed first, in every case; compiling a peer for a shape may take a minute.
-    steps = [
-        (case.id, functools.partial(run_case, session, case, fast, directions)) for case in cases if fast
+    first = functools.partial(run_case, session, peers=fast, directions=directions)
+    second = functools.partial(run_second_wave, session, peers=peers, directions=directions)
+    steps = [(case.id, functools.partial(first, case)) for case in cases if fast]
+    steps += [
+        (case.id + SECOND_WAVE, functools.partial(second, case)) for case in cases if len(fast) < len(peers)
     ]
-    if len(fast) < len(peers):
-        wave = functools.partial(run_second_wave, session, peers=peers, directions=directions)
-        steps += [(case.id + SECOND_WAVE, functools.partial(wave, case)) for case in cases]
     result = session.run(steps, len(directions))
     if options.twice:
         agree, total = agreement(result)

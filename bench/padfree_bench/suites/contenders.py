@@ -1,6 +1,5 @@
 """What every contest shares: a row for each contender, what it holds, then all that are right on one clock."""
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from padfree_bench.measuring.clocks import Watch
 from padfree_bench.measuring.results import NOT_RUN, Row
 from padfree_bench.measuring.timing import Call, Sample, capture_graph, measure
 from padfree_bench.peers import Refused
-from padfree_bench.suites.session import Session, first_line
+from padfree_bench.suites.session import Session, first_line, release
 
 
 def start_row(suite: str, case: Case, direction: str, name: str, note: str, valid_fraction: float) -> Row:
@@ -45,13 +44,6 @@ def excused(row: Row) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - an implementation may fail in its own way
         row.status, row.reason = NOT_RUN, first_line(error)
         release()
-
-
-def release() -> None:
-    """Give a GPU's memory back between contenders; a CPU's comes back by itself, and collecting costs 0.2 s."""
-    if torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def fill_profile(row: Row, call: Call, device: torch.device, result_bytes: int | None = None) -> None:

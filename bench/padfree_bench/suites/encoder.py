@@ -1,8 +1,9 @@
 """`python -m bench encoder`: the whole classifier, inference and a training pass, same weights everywhere."""
 
-import argparse
 import functools
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,14 +39,14 @@ def draw(
     case: ModelCase, attention: str, cls_only: bool = False, dropout_rate: float = 0.0
 ) -> TextClassifier:
     """The classifier in fp32; no dropout unless it is asked for, so that answers compare."""
+    sizes: dict[str, Any] = {
+        "d_model": case.width,
+        "n_heads": case.heads,
+        "dff": case.ffn,
+        "n_layers": case.layers,
+    }
     config = TextClassifierConfig(
-        d_model=case.width,
-        n_heads=case.heads,
-        dff=case.ffn,
-        n_layers=case.layers,
-        max_length=case.seq,
-        dropout_rate=dropout_rate,
-        cls_only_last_layer=cls_only,
+        **sizes, max_length=case.seq, dropout_rate=dropout_rate, cls_only_last_layer=cls_only
     )
     config._attn_implementation = attention
     torch.manual_seed(0)
@@ -108,10 +109,11 @@ PEERS = [
 ]
 
 
-def run(options: argparse.Namespace, command: list[str]) -> Result:
+def run(options: Namespace, command: list[str]) -> Result:
     """The encoder suite: --shapes names sizes (notebook, d128, d768)."""
     gpu = torch.cuda.is_available()
     names = options.shapes or ("notebook" if options.quick else None)
     batch = 64 if gpu else 8 if options.quick else 16
     dtypes = choose_dtypes(options.dtypes, "bf16,fp32" if gpu else "fp32")
-    return run_models("encoder", options, command, choose_models(SIZES, names, dtypes, batch), PEERS)
+    cases = [replace(case, batch=batch) for case in choose_models(SIZES, names, dtypes)]
+    return run_models("encoder", options, command, cases, PEERS)

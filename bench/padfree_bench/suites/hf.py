@@ -1,7 +1,7 @@
 """`python -m bench hf`: a transformers BERT, random weights, with each attention it knows."""
 
-import argparse
 import functools
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +87,7 @@ PEERS = [
 ]
 
 
-def run(options: argparse.Namespace, command: list[str]) -> Result:
+def run(options: Namespace, command: list[str]) -> Result:
     """The hf suite: BERT-base on a GPU, smaller ones on a CPU."""
     gpu = torch.cuda.is_available()
     names = options.shapes or ("bert-tiny" if options.quick else "bert-base" if gpu else "bert-small")

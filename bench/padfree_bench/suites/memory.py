@@ -1,8 +1,8 @@
 """`python -m bench memory`: what one call holds at its peak, against length, without timing anything."""
 
-import argparse
 import functools
 import itertools
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,11 +20,20 @@ from padfree_bench.measuring.machine import pick_device
 from padfree_bench.measuring.results import OK, Result, Row
 from padfree_bench.peers import Peer
 from padfree_bench.suites.attention import MAKE_CALL, admit, peers_for, result_bytes
-from padfree_bench.suites.contenders import excused, fill_profile, release
+from padfree_bench.suites.contenders import excused, fill_profile
 from padfree_bench.suites.session import Session, pick
 
 
+def run_case(session: Session, case: Case, peers: list[Peer], directions: list[str]) -> Iterator[list[Row]]:
+    """Peak and extra memory of every peer, one at a time, so that each has the whole memory to itself."""
+    inputs = make_inputs(case, session.device, session.seed)
+    truth = compute_truth(inputs)
+    for peer, direction in itertools.product(peers, directions):
+        yield [measure_peer(session, peer, direction, inputs, truth)]
+
+
 def measure_peer(session: Session, peer: Peer, direction: str, inputs: Inputs, truth: Truth) -> Row:
+    """A function of its own, so that nothing of the peer is held when the next one begins."""
     contender = admit(peer, inputs, truth, direction != "forward", session.result.suite)
     row, prepared = replace(contender.row, direction=direction), contender.prepared
     if prepared is not None:
@@ -35,17 +44,7 @@ def measure_peer(session: Session, peer: Peer, direction: str, inputs: Inputs, t
     return row
 
 
-def run_case(session: Session, case: Case, peers: list[Peer], directions: list[str]) -> Iterator[list[Row]]:
-    """Peak and extra memory of every peer, one at a time, so that each has the whole memory to itself."""
-    inputs = make_inputs(case, session.device, session.seed)
-    truth = compute_truth(inputs)
-    for peer, direction in itertools.product(peers, directions):
-        row = measure_peer(session, peer, direction, inputs, truth)
-        release()
-        yield [row]
-
-
-def run(options: argparse.Namespace, command: list[str]) -> Result:
+def run(options: Namespace, command: list[str]) -> Result:
     """The memory suite: the length sweep unless --shapes says otherwise."""
     device = pick_device()
     shapes = options.shapes or (None if options.quick else "length")

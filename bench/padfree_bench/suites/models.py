@@ -1,8 +1,8 @@
 """Whole models side by side: what the suites encoder, hf and train share."""
 
-import argparse
 import functools
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from padfree_bench.measuring.results import OK, Result, Row
 from padfree_bench.measuring.timing import Call
 from padfree_bench.peers import padfree_peers
 from padfree_bench.peers.base import compiled, needs
-from padfree_bench.suites.contenders import Contest, fill_profile, refuse, release, start_row
+from padfree_bench.suites.contenders import Contest, fill_profile, refuse, start_row
 from padfree_bench.suites.session import Session, pick
 
 # Never more than this: a model adds up the rounding of its layers, and an answer of zeros errs by 1.
@@ -139,25 +139,21 @@ def relative_errors(actual: list[Tensor], truth: list[Tensor]) -> list[float]:
     return [float((a - t).norm() / t.norm()) for a, t in zip(actual, truth, strict=True)]
 
 
-class Gate:
-    """The exact answers, and the relative error that each of them may have."""
+def admits(row: Row, actual: list[Tensor], exact: list[Tensor], own: list[Tensor]) -> bool:
+    """Whether the answers are right; the row gets the worst error, and the reason where they are not.
 
-    def __init__(self, truth: list[Tensor], own: list[Tensor], dtype: str) -> None:
-        """`own`: what the reference model answers in the dtype that is timed."""
-        # A handful of logits may come out well by chance, so that eps is the least that is expected.
-        expected = [max(error, torch.finfo(DTYPES[dtype]).eps) for error in relative_errors(own, truth)]
-        self.truth, self.limits = truth, [limit_of(dtype, error, LIMITS) for error in expected]
-
-    def admits(self, row: Row, actual: list[Tensor]) -> bool:
-        """Whether the answers are right; the row gets the worst error, and the reason where they are not."""
-        errors = relative_errors(actual, self.truth)
-        row.relative_error = float("nan") if any(map(math.isnan, errors)) else max(errors)
-        # `not <=` and not `>`: NaN is wrong too.
-        wrong = [(e, limit) for e, limit in zip(errors, self.limits, strict=True) if not e <= limit]
-        if wrong:
-            told = ", ".join(f"{error:.1e} (limit {limit:.0e})" for error, limit in wrong)
-            row.reason = f"wrong answer, not timed: relative error {told}"
-        return not wrong
+    `exact` answers are the reference model's in fp64, `own` ones its own in the dtype that is timed.
+    """
+    errors, eps = relative_errors(actual, exact), torch.finfo(DTYPES[row.dtype]).eps
+    row.relative_error = math.nan if any(map(math.isnan, errors)) else max(errors)
+    # A handful of logits may come out well by chance, so that eps is the least that is expected.
+    limits = [limit_of(row.dtype, max(error, eps), LIMITS) for error in relative_errors(own, exact)]
+    # `not <=` and not `>`: NaN is wrong too.
+    wrong = [(error, limit) for error, limit in zip(errors, limits, strict=True) if not error <= limit]
+    if wrong:
+        told = ", ".join(f"{error:.1e} (limit {limit:.0e})" for error, limit in wrong)
+        row.reason = f"wrong answer, not timed: relative error {told}"
+    return not wrong
 
 
 def run_mode(
@@ -165,13 +161,12 @@ def run_mode(
 ) -> list[Row]:
     training, dtype = mode == "training", DTYPES[case.dtype]
     exact, own = (answers(reference.build(case, batch, d), training) for d in (torch.float64, dtype))
-    gate, contest = Gate(exact, own, case.dtype), Contest(session, batch.tokens)
-    full = batch.tokens / batch.input_ids.numel()
+    contest, full = Contest(session, batch.tokens), batch.tokens / batch.input_ids.numel()
     for peer in peers:
         with contest.enter(start_row(session.result.suite, case, mode, peer.name, peer.note, full)) as row:
             model = peer.build(case, batch, dtype)
             row.ran = model.ran
-            if gate.admits(row, answers(model, training)):
+            if admits(row, answers(model, training), exact, own):
                 model.module.train(training)
                 call = make_call(model, training)
                 fill_profile(row, call, session.device)
@@ -187,9 +182,7 @@ def run_model_case(
     """Check every model against the reference model in fp64, then time those that passed; the rows mode by mode."""
     batch = make_batch(case.sequence_lengths().tolist(), case.seq, session.device, session.seed)
     for mode in modes:
-        rows = run_mode(session, case, batch, peers, reference, mode)
-        release()
-        yield rows
+        yield run_mode(session, case, batch, peers, reference, mode)
 
 
 def choose_modes(directions: str | None) -> list[str]:
@@ -202,28 +195,14 @@ def choose_modes(directions: str | None) -> list[str]:
     return [mode for mode, wanted in (("inference", "forward"), ("training", "both")) if wanted in chosen]
 
 
-def choose_models(
-    sizes: dict[str, ModelCase],
-    shapes: str | None,
-    dtypes: list[str],
-    batch: int | None = None,
-    batches: int = 0,
-) -> list[ModelCase]:
-    """The named sizes, or all, in each dtype, in batches of `batch` reviews; ValueError for an unknown name."""
-    chosen = [sizes[name] for name in pick("shape", shapes, sizes)]
-    return [
-        replace(case, dtype=dtype, batch=batch or case.batch, batches=batches)
-        for dtype in dtypes
-        for case in chosen
-    ]
+def choose_models(sizes: dict[str, ModelCase], shapes: str | None, dtypes: list[str]) -> list[ModelCase]:
+    """The named sizes, or all, in each dtype; ValueError for an unknown name."""
+    names = pick("shape", shapes, sizes)
+    return [replace(sizes[name], dtype=dtype) for dtype in dtypes for name in names]
 
 
 def run_models(
-    suite: str,
-    options: argparse.Namespace,
-    command: list[str],
-    cases: list[ModelCase],
-    peers: list[ModelPeer],
+    suite: str, options: Namespace, command: list[str], cases: list[ModelCase], peers: list[ModelPeer]
 ) -> Result:
     """Every chosen peer on every case, against the peer "eager"; on a CPU those that compile only when named."""
     known = {peer.name: peer for peer in peers}

@@ -4,10 +4,10 @@ A step is zero_grad, forward, loss, backward and Adam. One repetition goes throu
 implementation: in random order padded to 400, as the notebook does, or grouped by length.
 """
 
-import argparse
 import functools
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from padfree_bench.measuring.results import OK, Result, Row
 from padfree_bench.measuring.timing import Effort
 from padfree_bench.suites import encoder
 from padfree_bench.suites.contenders import Contest, start_row
-from padfree_bench.suites.models import Batch, Gate, ModelCase, check_padfree, choose_models, make_batch
+from padfree_bench.suites.models import Batch, ModelCase, admits, check_padfree, choose_models, make_batch
 from padfree_bench.suites.session import Session, pick
 
 # The batches of all sizes are padded to 400, the notebook's max_length.
@@ -115,8 +115,7 @@ def run_case(session: Session, case: ModelCase, recipes: list[Recipe]) -> Iterat
             start_row(session.result.suite, case, "step", recipe.name, recipe.note, full)
         ) as row:
             model = make_model(case, recipe, device)
-            gate = Gate(exact[recipe.grouped], own[recipe.grouped], case.dtype)
-            if gate.admits(row, answers(model, probe, dtype)):
+            if admits(row, answers(model, probe, dtype), exact[recipe.grouped], own[recipe.grouped]):
                 longest = max(made, key=lambda batch: batch.input_ids.shape[1])
                 row.peak_mib = (
                     profiling.peak_bytes(make_epoch(model, [longest], dtype), device) / profiling.MIB
@@ -126,7 +125,7 @@ def run_case(session: Session, case: ModelCase, recipes: list[Recipe]) -> Iterat
     yield contest.time()
 
 
-def run(options: argparse.Namespace, command: list[str]) -> Result:
+def run(options: Namespace, command: list[str]) -> Result:
     """The train suite; one row's time is milliseconds a step, averaged over the batches of an epoch."""
     gpu = torch.cuda.is_available()
     known = {recipe.name: recipe for recipe in RECIPES}
@@ -134,7 +133,7 @@ def run(options: argparse.Namespace, command: list[str]) -> Result:
     names = options.shapes or (None if gpu else "notebook")
     dtypes = choose_dtypes(options.dtypes, "bf16,fp32" if gpu else "fp32")
     batch, batches = (64, 20) if gpu else (16, 4) if options.quick else (64, 8)
-    cases = choose_models(SIZES, names, dtypes, batch=batch, batches=batches)
+    cases = [replace(case, batch=batch, batches=batches) for case in choose_models(SIZES, names, dtypes)]
     session = Session("train", options, command, set(dtypes))
     seconds = 10 if options.quick else 20 if gpu else 60
     session.effort = Effort(seconds, least=5, most=15, warmup=1, at_most_seconds=2 * seconds)
