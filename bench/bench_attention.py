@@ -8,10 +8,9 @@ import functools
 from dataclasses import replace
 
 import pytest
-import torch
 
 from padfree_bench.measuring.cases import DIRECTIONS, Case, quick_cases
-from padfree_bench.measuring.ceilings import measure_ceilings
+from padfree_bench.measuring.ceilings import Ceilings, measure_ceilings
 from padfree_bench.measuring.check import Truth, compute_truth
 from padfree_bench.measuring.inputs import Inputs, make_inputs
 from padfree_bench.measuring.machine import pick_device
@@ -31,7 +30,7 @@ def prepared_case(case: Case) -> tuple[Inputs, Truth]:
 
 
 @functools.cache
-def ceilings():  # type: ignore[no-untyped-def]
+def ceilings() -> Ceilings:
     return measure_ceilings(DEVICE, {case.dtype for case in CASES})
 
 
@@ -49,16 +48,11 @@ def test_attention(benchmark, case: Case, direction: str, peer: str) -> None:  #
 
     def timed() -> None:
         call()
-        synchronize(torch.device(DEVICE))
+        synchronize(DEVICE)
 
     benchmark.group = f"{case.id} {direction}"
-    benchmark.extra_info.update(
-        {
-            name: value
-            for name, value in vars(row).items()
-            if value not in (None, "") and name not in ("peer", "suite")
-        }
-    )
+    told = {name: value for name, value in vars(row).items() if value not in (None, "")}
+    benchmark.extra_info.update({name: told[name] for name in told if name not in ("peer", "suite")})
     benchmark.pedantic(timed, rounds=ROUNDS, iterations=1, warmup_rounds=WARMUP)
     # None under --benchmark-disable.
     if benchmark.stats is not None:

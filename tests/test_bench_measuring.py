@@ -13,7 +13,7 @@ import torch
 
 import padfree
 from padfree_bench import cli
-from padfree_bench.measuring.cases import HEADS, Case, choose_cases, cpu_groups, gpu_groups, parse_case
+from padfree_bench.measuring.cases import HEADS, Case, choose_cases, groups, parse_case
 from padfree_bench.measuring.ceilings import Ceilings, Work, work
 from padfree_bench.measuring.check import compute_truth
 from padfree_bench.measuring.inputs import make_inputs
@@ -65,15 +65,15 @@ class TestLengths:
 
 class TestCases:
     def test_the_gpu_groups_hold_what_the_suite_promises(self) -> None:
-        groups = gpu_groups()
-        assert {(c.heads, c.head_dim) for c in groups["imdb"]} == set(HEADS)
-        assert {c.seq for c in groups["imdb"]} == {400, 512}
-        assert min(c.seq for c in groups["length"]) == 128 and max(c.seq for c in groups["length"]) == 65536
-        assert [c.lengths for c in groups["padding"]] == [f"pad{p:02d}" for p in range(0, 100, 10)]
+        named = groups("cuda")
+        assert {(c.heads, c.head_dim) for c in named["imdb"]} == set(HEADS)
+        assert {c.seq for c in named["imdb"]} == {400, 512}
+        assert min(c.seq for c in named["length"]) == 128 and max(c.seq for c in named["length"]) == 65536
+        assert [c.lengths for c in named["padding"]] == [f"pad{p:02d}" for p in range(0, 100, 10)]
         assert {c.dtype for c in choose_cases("cuda", None, None, False)} == {"fp32", "fp16", "bf16"}
 
     def test_an_id_parses_back_to_its_case(self) -> None:
-        for case in gpu_groups()["imdb"]:
+        for case in groups("cuda")["imdb"]:
             assert replace(parse_case(case.id), group=case.group) == case
 
     @pytest.mark.parametrize("option", ["--shapes", "--dtypes", "--peers", "--directions"])
@@ -126,8 +126,7 @@ class TestCases:
     def test_all_groups_come_in_turn_each_in_its_own_order(self, device: str) -> None:
         cases = choose_cases(device, None, None, False)
         assert [case.group for case in cases[:10]] == ["imdb", "full", "padding", "length", "batch"] * 2
-        groups = gpu_groups() if device == "cuda" else cpu_groups()
-        for name, group in groups.items():
+        for name, group in groups(device).items():
             assert [case for case in cases if case.group == name][: len(group)] == group
 
 

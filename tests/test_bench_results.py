@@ -14,6 +14,7 @@ import torch
 
 from padfree_bench import cli
 from padfree_bench.measuring.cases import Case
+from padfree_bench.measuring.errors import first_line
 from padfree_bench.measuring.inputs import make_inputs
 from padfree_bench.measuring.results import (
     FAULT,
@@ -34,7 +35,6 @@ from padfree_bench.reports.compare import changes, main
 from padfree_bench.reports.drawing import not_run
 from padfree_bench.suites import attention
 from padfree_bench.suites.attention import admit
-from padfree_bench.suites.session import first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -319,7 +319,7 @@ class TestCommit:
     @pytest.fixture(autouse=True)
     def without_git(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("PADFREE_COMMIT", raising=False)
-        monkeypatch.setattr(machine, "_output", lambda *command: None)
+        monkeypatch.setattr(machine, "output", lambda *command: None)
         monkeypatch.setattr(machine, "CARRIED_COMMIT", tmp_path / "commit")
 
     def carry(self, sources: str) -> None:
@@ -334,7 +334,7 @@ class TestCommit:
     def test_a_copy_whose_history_ends_early_reads_it_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.carry(machine.sources_digest())
         answers = {"status": " M x", "rev-parse": "b" * 40}
-        monkeypatch.setattr(machine, "_output", lambda *command: answers[command[1]])
+        monkeypatch.setattr(machine, "output", lambda *command: answers[command[1]])
         assert machine.commit() == ("a" * 40, True)
 
     @pytest.mark.parametrize("text", ["", "[]", '{"commit": "a"}'])
@@ -346,7 +346,7 @@ class TestCommit:
     def test_git_knows_better_than_a_file_from_yesterday(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.carry("of other sources")
         answers = {"status": " M x", "rev-parse": "b" * 40}
-        monkeypatch.setattr(machine, "_output", lambda *command: answers[command[1]])
+        monkeypatch.setattr(machine, "output", lambda *command: answers[command[1]])
         assert machine.commit() == ("b" * 40, False)
         monkeypatch.setenv("PADFREE_COMMIT", "c" * 40)
         assert machine.commit()[0] == "c" * 40

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -211,7 +212,7 @@ class TestClocks:
             return SimpleNamespace(returncode=0 if known else 2, stdout=line)
 
         monkeypatch.setitem(sys.modules, "pynvml", None)
-        monkeypatch.setattr(clocks.subprocess, "run", run)
+        monkeypatch.setattr(subprocess, "run", run)
         seen = clocks.read_clocks()
         assert seen is not None and (seen["sm_mhz"], seen["power_w"], seen["reasons"]) == (
             1755,

@@ -18,7 +18,7 @@ import torch
 from padfree._triton import configs
 from padfree._triton.configs import Config
 from padfree_bench.measuring import timing
-from padfree_bench.measuring.results import DeviceLost
+from padfree_bench.measuring.errors import DeviceLost
 from padfree_bench.tuning import tune, tune_candidates
 from padfree_bench.tuning.tune_candidates import Found, Item, Question, Work
 

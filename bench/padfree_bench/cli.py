@@ -4,29 +4,27 @@ import argparse
 import importlib
 import sys
 
-from padfree_bench.measuring.results import RESULTS, DeviceLost, fault_line
+from padfree_bench.measuring.cases import SUITES
+from padfree_bench.measuring.errors import DeviceLost
+from padfree_bench.measuring.processes import positive_minutes
+from padfree_bench.measuring.results import RESULTS, fault_line
 
-# Owned by modules with their own options; imported only when asked for.
-OWN_OPTIONS = {
-    "compile-report": "padfree_bench.compiled.compile_report",
-    "tune": "padfree_bench.tuning.tune",
-    "gpu-round": "padfree_bench.gpu_round.driver",
-    "report": "padfree_bench.reports.report",
-    "compare": "padfree_bench.reports.compare",
-}
-SUITES = {
-    "attention": "one attention call: every peer, forward, backward and both",
-    "memory": "peak and extra memory of a call against length, no timing",
-    "encoder": "the whole classifier, inference and a training step",
-    "train": "the notebook's training loop against ours on IMDB lengths",
-    "hf": "a transformers BERT with eager, sdpa and padfree",
-}
-HELP = {
-    "compile-report": "registers, shared memory and predicted time of every kernel configuration, without a GPU",
-    "tune": "propose rows for the kernel's configuration table: measured on a GPU, else predicted",
-    "gpu-round": "a GPU's quarter of an hour: proof and first figures, then all tables; a rehearsal without one",
-    "report": "plots, one HTML page, and README's table from the result files",
-    "compare": "what got slower from result file A to B beyond noise",
+# Commands with options of their own: the module, imported only when asked for, and what it is for.
+COMMANDS = {
+    "compile-report": (
+        "compiled.compile_report",
+        "registers, shared memory and predicted time of every kernel configuration, without a GPU",
+    ),
+    "tune": (
+        "tuning.tune",
+        "propose rows for the kernel's configuration table: measured on a GPU, else predicted",
+    ),
+    "gpu-round": (
+        "gpu_round.driver",
+        "a GPU's quarter of an hour: proof and first figures, then all tables; a rehearsal without one",
+    ),
+    "report": ("reports.report", "plots, one HTML page, and README's table from the result files"),
+    "compare": ("reports.compare", "what got slower from result file A to B beyond noise"),
 }
 
 
@@ -34,61 +32,44 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = top.add_subparsers(dest="suite", required=True, metavar="COMMAND")
     for name, summary in SUITES.items():
-        suite = commands.add_parser(name, help=summary, description=summary)
-        add_suite_options(suite, name)
-    for name, summary in HELP.items():
+        add_suite_options(commands.add_parser(name, help=summary, description=summary), name)
+    for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     return top
-
-
-def positive_minutes(text: str) -> float:
-    """A time budget; nan and less than nothing are refused."""
-    minutes = float(text)
-    if not minutes > 0:
-        raise argparse.ArgumentTypeError(f"minutes must be more than 0, got {text}")
-    return minutes
 
 
 def add_suite_options(suite: argparse.ArgumentParser, name: str) -> None:
     """The options that every suite shares, and those that mean something to this one."""
     shapes = "groups (imdb, full, padding, length, batch) or B64-H12-D64-S400-imdb-bf16, by comma"
     sizes = "model sizes, by comma; an unknown name lists them all"
-    suite.add_argument("--shapes", help=shapes if name in ("attention", "memory") else sizes)
-    suite.add_argument("--dtypes", help="fp32, fp16, bf16, by comma")
-    suite.add_argument("--peers", help="implementations by name, by comma; an unknown name lists them all")
+    directions = "forward, backward, both, by comma"
+    models = "forward (inference), both (training), by comma"
+    add = suite.add_argument
+    add("--shapes", help=shapes if name in ("attention", "memory") else sizes)
+    add("--dtypes", help="fp32, fp16, bf16, by comma")
+    add("--peers", help="implementations by name, by comma; an unknown name lists them all")
     if name != "train":
-        models = "forward (inference), both (training), by comma"
-        suite.add_argument(
-            "--directions", help=models if name in ("encoder", "hf") else "forward, backward, both, by comma"
-        )
-    suite.add_argument(
-        "--quick", action="store_true", help="a handful of small cases; kept apart from full results"
-    )
+        add("--directions", help=models if name in ("encoder", "hf") else directions)
+    add("--quick", action="store_true", help="a handful of small cases; kept apart from full results")
     if name == "attention":
-        suite.add_argument(
-            "--twice", action="store_true", help="time every peer a second time under another name"
-        )
-    suite.add_argument("--seed", type=int, help="draw the inputs of an earlier run; a new seed when left out")
-    suite.add_argument("--no-pictures", action="store_true", help="draw none now; `report` draws them later")
-    suite.add_argument("--json", action="store_true", help="print the result file instead of the table")
-    suite.add_argument(
-        "--minutes", type=positive_minutes, help="start no further case after this many minutes"
-    )
-    suite.add_argument(
-        "--label", help="part of the file name; needed where options leave out a part of the suite"
-    )
-    suite.add_argument("--output", default=str(RESULTS), help="folder for results (default: bench/results)")
+        add("--twice", action="store_true", help="time every peer a second time under another name")
+    add("--seed", type=int, help="draw the inputs of an earlier run; a new seed when left out")
+    add("--no-pictures", action="store_true", help="draw none now; `report` draws them later")
+    add("--json", action="store_true", help="print the result file instead of the table")
+    add("--minutes", type=positive_minutes, help="start no further case after this many minutes")
+    add("--label", help="part of the file name; needed where options leave out a part of the suite")
+    add("--output", default=str(RESULTS), help="folder for results (default: bench/results)")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a wrong argument is one line on standard error and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in OWN_OPTIONS:
-        return _own_options(argv[0], argv[1:])
+    if argv and argv[0] in COMMANDS:
+        return _run_command(argv[0], argv[1:])
     options = parser().parse_args(argv)
-    module = importlib.import_module(f"padfree_bench.suites.{options.suite}")
+    suite = importlib.import_module(f"padfree_bench.suites.{options.suite}")
     try:
-        result = module.run(options, argv)
+        result = suite.run(options, argv)
     except (ValueError, OSError) as error:
         print(f"python -m bench {options.suite}: {error}", file=sys.stderr)
         return 2
@@ -103,16 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if result.faults else 0
 
 
-def _own_options(name: str, argv: list[str]) -> int:
+def _run_command(name: str, argv: list[str]) -> int:
     try:
-        module = importlib.import_module(OWN_OPTIONS[name])
-    except ModuleNotFoundError as error:
-        if error.name != OWN_OPTIONS[name]:
-            raise
-        print(f"python -m bench {name}: not part of this checkout", file=sys.stderr)
-        return 2
-    try:
-        return int(module.main(argv) or 0)
+        return int(importlib.import_module(f"padfree_bench.{COMMANDS[name][0]}").main(argv) or 0)
     except OSError as error:
         print(f"python -m bench {name}: {error}", file=sys.stderr)
         return 2

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from padfree_bench.gpu_round.steps import CHECKS, worker
+from padfree_bench.measuring.files import write_whole
 from padfree_bench.measuring.processes import die_with_parent
-from padfree_bench.measuring.results import write_whole
 
 KERNELS = "regex:attention_forward|gradient_kernel"
 # Of the thousand counters of the full set: time, bytes, how busy each unit and pipe was, occupancy, why warps waited.

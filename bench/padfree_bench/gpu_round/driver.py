@@ -33,8 +33,9 @@ from padfree_bench.gpu_round.steps import (
     round_on_a_cpu,
     worker,
 )
+from padfree_bench.measuring.files import keep_earlier, write_whole
 from padfree_bench.measuring.processes import die_with_parent, run_limited, stop_on_sigterm
-from padfree_bench.measuring.results import NOT_RUN, RESULTS, keep_earlier, write_whole
+from padfree_bench.measuring.results import NOT_RUN, RESULTS
 
 PASSED, FAILED, TIMED_OUT, REHEARSED = "passed", "failed", "timed out", "rehearsed"
 INCOMPLETE = "incomplete"

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,6 +10,14 @@ import torch
 
 from padfree_bench.measuring.lengths import make_lengths
 
+# Every suite, and what it measures.
+SUITES = {
+    "attention": "one attention call: every peer, forward, backward and both",
+    "memory": "peak and extra memory of a call against length, no timing",
+    "encoder": "the whole classifier, inference and a training step",
+    "train": "the notebook's training loop against ours on IMDB lengths",
+    "hf": "a transformers BERT with eager, sdpa and padfree",
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIRECTIONS = ("forward", "backward", "both")
 HEADS = ((12, 64), (4, 8), (8, 16), (4, 32), (16, 128))
@@ -47,27 +56,18 @@ def parse_case(text: str, dtype: str = "fp32") -> Case:
     return Case(batch, heads, head_dim, seq, match[6] or dtype, match[5] or "imdb", "chosen")
 
 
-def gpu_groups() -> dict[str, list[Case]]:
-    """Every named group at the size a data-centre GPU is measured with; dtype is filled in later."""
-    imdb = [Case(64, heads, dim, seq, "bf16") for seq in (400, 512) for heads, dim in HEADS]
-    full = [Case(64, heads, dim, seq, "bf16", "full", "full") for seq in (512, 400) for heads, dim in HEADS]
-    padding = [Case(64, 12, 64, 512, "bf16", f"pad{percent:02d}", "padding") for percent in range(0, 100, 10)]
-    sizes = [2**power for power in range(7, 17)]
-    length = [Case(max(1, 65536 // seq), 12, 64, seq, "bf16", "scaled", "length") for seq in sizes]
-    batch = [Case(2**power, 12, 64, 400, "bf16", "imdb", "batch") for power in range(10)]
-    return {"imdb": imdb, "full": full, "padding": padding, "length": length, "batch": batch}
-
-
-def cpu_groups() -> dict[str, list[Case]]:
-    """The same groups at sizes that two CPU cores finish."""
-    imdb = [Case(16, heads, dim, seq, "fp32") for seq in (400, 512) for heads, dim in HEADS]
-    full = [Case(16, heads, dim, 400, "fp32", "full", "full") for heads, dim in HEADS]
-    padding = [Case(16, 4, 8, 512, "fp32", f"pad{percent:02d}", "padding") for percent in range(0, 100, 10)]
-    length = [
-        Case(max(1, 4096 // seq), 4, 8, seq, "fp32", "scaled", "length")
-        for seq in (128, 256, 512, 1024, 2048)
-    ]
-    batch = [Case(size, 4, 8, 400, "fp32", "imdb", "batch") for size in (1, 4, 16, 64)]
+def groups(device: str) -> dict[str, list[Case]]:
+    """Every named group: on "cuda" what a data-centre GPU is measured with, on "cpu" what two cores finish."""
+    gpu = device == "cuda"
+    size, heads, dim, dtype = (64, 12, 64, "bf16") if gpu else (16, 4, 8, "fp32")
+    tokens, longest = (65536, 16) if gpu else (4096, 11)
+    seqs, sizes = ((512, 400), range(10)) if gpu else ((400,), range(0, 8, 2))
+    imdb = [Case(size, h, d, seq, dtype) for seq in (400, 512) for h, d in HEADS]
+    full = [Case(size, h, d, seq, dtype, "full", "full") for seq in seqs for h, d in HEADS]
+    padding = [Case(size, heads, dim, 512, dtype, f"pad{n:02d}", "padding") for n in range(0, 100, 10)]
+    lengths = [2**power for power in range(7, longest + 1)]
+    length = [Case(max(1, tokens // seq), heads, dim, seq, dtype, "scaled", "length") for seq in lengths]
+    batch = [Case(2**power, heads, dim, 400, dtype, "imdb", "batch") for power in sizes]
     return {"imdb": imdb, "full": full, "padding": padding, "length": length, "batch": batch}
 
 
@@ -82,13 +82,17 @@ def quick_cases(device: str) -> list[Case]:
     return imdb + padding + length
 
 
+def pick(what: str, text: str, known: Collection[str]) -> list[str]:
+    """Comma-separated names; ValueError for an unknown one lists the known ones."""
+    for name in (names := text.split(",")):
+        if name not in known:
+            raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+    return names
+
+
 def choose_dtypes(text: str | None, default: str) -> list[str]:
     """Comma-separated dtypes; ValueError for an unknown one."""
-    chosen = (text or default).split(",")
-    for name in chosen:
-        if name not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return chosen
+    return pick("dtype", text or default, DTYPES)
 
 
 def choose_cases(device: str, shapes: str | None, dtypes: str | None, quick: bool) -> list[Case]:
@@ -103,20 +107,18 @@ def choose_cases(device: str, shapes: str | None, dtypes: str | None, quick: boo
     Raises:
         ValueError: an unknown group, a malformed shape or an unknown dtype.
     """
+    gpu, named = device == "cuda", groups(device)
     chosen_dtypes = choose_dtypes(dtypes, "") if dtypes else None
-    groups = gpu_groups() if device == "cuda" else cpu_groups()
-    cases: list[Case]
-    if shapes is None:
-        # The first of every group, then the second: a run that is stopped early has points for every plot.
-        turns = itertools.zip_longest(*groups.values())
-        cases = quick_cases(device) if quick else [case for turn in turns for case in turn if case]
+    if shapes is not None:
+        default = (chosen_dtypes or ["bf16" if gpu else "fp32"])[0]
+        cases = [c for name in shapes.split(",") for c in named.get(name) or [parse_case(name, default)]]
+    elif quick:
+        cases = quick_cases(device)
     else:
-        cases = []
-        for token in shapes.split(","):
-            default = (chosen_dtypes or ["bf16" if device == "cuda" else "fp32"])[0]
-            cases += groups[token] if token in groups else [parse_case(token, default)]
+        # The first of every group, then the second: a run that is stopped early has points for every plot.
+        cases = [case for turn in itertools.zip_longest(*named.values()) for case in turn if case]
     if chosen_dtypes:
-        return list(dict.fromkeys(replace(case, dtype=dtype) for dtype in chosen_dtypes for case in cases))
-    if device == "cuda" and not quick and shapes is None:
-        cases += [replace(case, dtype=dtype) for dtype in ("fp32", "fp16") for case in groups["imdb"]]
+        cases = [replace(case, dtype=dtype) for dtype in chosen_dtypes for case in cases]
+    elif gpu and not quick and shapes is None:
+        cases += [replace(case, dtype=dtype) for dtype in ("fp32", "fp16") for case in named["imdb"]]
     return list(dict.fromkeys(cases))

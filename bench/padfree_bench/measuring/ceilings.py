@@ -1,5 +1,6 @@
 """What this machine can do at best, measured just before the cases: the roof of the roofline."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Ceilings:
             "matrix": work.flops / self.flops_per_s[dtype],
             "exp2": work.exp2 / self.exp2_per_s,
         }
-        bound = max(seconds, key=lambda name: seconds[name])
+        bound = max(seconds, key=seconds.__getitem__)
         return seconds[bound] * 1e3, bound
 
 
@@ -95,8 +96,8 @@ def measure_ceilings(device: torch.device, dtypes: set[str]) -> Ceilings:
     rates = {}
     for name in sorted(dtypes):
         # Random data: a product of zeros runs faster than real data ever will.
-        left, right = (torch.randn(size, size, device=device).to(DTYPES[name]) for _ in range(2))
-        rates[name] = 2 * size**3 / best_seconds(lambda left=left, right=right: left @ right, device)  # type: ignore[misc]
+        factors = [torch.randn(size, size, device=device).to(DTYPES[name]) for _ in range(2)]
+        rates[name] = 2 * size**3 / best_seconds(functools.partial(torch.matmul, *factors), device)
     exp2 = _gpu_exp2(device) if gpu else _cpu_exp2(device)
     return Ceilings(_memory_rate(device), rates, exp2, machine.cache_bytes(device))
 
@@ -112,7 +113,7 @@ def _memory_rate(device: torch.device) -> float:
 def _cpu_exp2(device: torch.device) -> float:
     # On one thread and on all of them, which on a busy machine wait for each other; small enough for their caches.
     cached = [torch.randn(2**14), torch.randn(2**15 * torch.get_num_threads())]
-    return max(x.numel() / best_seconds(lambda x=x: torch.exp2(x), device) for x in cached)  # type: ignore[misc]
+    return max(x.numel() / best_seconds(x.exp2, device) for x in cached)
 
 
 def _gpu_exp2(device: torch.device) -> float:

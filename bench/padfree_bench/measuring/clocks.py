@@ -1,25 +1,17 @@
 """The clocks that a figure was measured at: read through NVML, else nvidia-smi, and never set."""
 
 import functools
-import subprocess
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-# NVML's bits for what holds the clocks back; IDLE alone holds back nothing that was timed.
+from padfree_bench.measuring.processes import output
+
+# What holds the clocks back, from NVML's lowest bit on; IDLE alone holds back nothing that was timed.
 IDLE = "idle"
-REASONS = {
-    0x1: IDLE,
-    0x2: "applications clocks",
-    0x4: "sw power cap",
-    0x8: "hw slowdown",
-    0x10: "sync boost",
-    0x20: "sw thermal slowdown",
-    0x40: "hw thermal slowdown",
-    0x80: "hw power brake",
-    0x100: "display clocks",
-}
+REASONS = [IDLE, "applications clocks", "sw power cap", "hw slowdown", "sync boost"]
+REASONS += ["sw thermal slowdown", "hw thermal slowdown", "hw power brake", "display clocks"]
 FIELDS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
 NAMES = ("sm_mhz", "mem_mhz", "max_sm_mhz", "temperature_c", "power_w")
 # The second is what drivers before 535 call it.
@@ -33,8 +25,8 @@ def read_clocks() -> dict[str, Any] | None:
 
 def reasons(mask: int) -> list[str]:
     """The names of the set bits; an unknown bit keeps its number."""
-    bits = [1 << index for index in range(mask.bit_length()) if mask >> index & 1]
-    return [REASONS.get(bit, hex(bit)) for bit in bits]
+    bits = [index for index in range(mask.bit_length()) if mask >> index & 1]
+    return [REASONS[bit] if bit < len(REASONS) else hex(1 << bit) for bit in bits]
 
 
 def uuid() -> str | None:
@@ -82,23 +74,12 @@ def _through_nvidia_smi() -> dict[str, Any] | None:
     which = ["--id", name] if (name := uuid()) else []
     for mask in MASKS:
         query = f"--query-gpu={','.join((*FIELDS, mask))}"
-        command = ["nvidia-smi", *which, query, "--format=csv,noheader,nounits"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode == 0 and done.stdout.strip():
-            *values, bits = (field.strip() for field in done.stdout.splitlines()[0].split(","))
+        if told := output("nvidia-smi", *which, query, "--format=csv,noheader,nounits"):
+            *fields, bits = (field.strip() for field in told.splitlines()[0].split(","))
+            values = (float(x) if x.replace(".", "", 1).isdigit() else None for x in fields)
             held = reasons(int(bits, 16)) if bits.startswith("0x") else []
-            return dict(zip(NAMES, map(_number, values), strict=False)) | {"reasons": held}
+            return dict(zip(NAMES, values, strict=False)) | {"reasons": held}
     return None
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 @dataclass

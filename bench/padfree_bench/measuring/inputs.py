@@ -104,9 +104,8 @@ def plain_attention(inputs: Inputs, dtype: torch.dtype) -> Answer:
 
     P = softmax(QKᵀ/sqrt(D)), O = PV, dS = P * (dO Vᵀ - rowsum(dO * O)), dQ = dS K, dK = dSᵀ Q, dV = Pᵀ dO.
     """
-    query, key, value, d_out = (
-        tensor.to(dtype) for tensor in (inputs.query, inputs.key, inputs.value, inputs.d_out)
-    )
+    given = (inputs.query, inputs.key, inputs.value, inputs.d_out)
+    query, key, value, d_out = (tensor.to(dtype) for tensor in given)
     scale = 1 / math.sqrt(query.shape[-1])
     # Sums over the chunks in fp32 at least: a tensor core has it so within one product.
     sums = torch.promote_types(dtype, torch.float32)

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-HISTOGRAM = Path(__file__).parents[1] / "data" / "imdb_token_lengths.json"
 IMDB_CUT = 400
 
 
 @cache
 def imdb_histogram() -> tuple[np.ndarray, np.ndarray]:
     """(lengths, counts) of the IMDB training reviews in tokens, not cut."""
-    content = json.loads(HISTOGRAM.read_text())
+    content = json.loads((Path(__file__).parents[1] / "data" / "imdb_token_lengths.json").read_text())
     return np.asarray(content["lengths"]), np.asarray(content["counts"])
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,27 +14,20 @@ from typing import Any
 import torch
 
 from padfree_bench.measuring.clocks import read_clocks
+from padfree_bench.measuring.processes import output
 
 ROOT = Path(__file__).resolve().parents[3]
 # {"commit", "clean", "sources"}: written beside a copy of the tree that travels without its history.
 CARRIED_COMMIT = ROOT / ".carry" / "commit"
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 SOURCES = (
     "kernels/padfree/**/*.py",
     "model/imdb_classifier/**/*.py",
     "bench/padfree_bench/**/*.py",
     "bench/padfree_bench/data/*.json",
 )
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "numpy",
-    "flash-attn-4",
-    "flash-attn",
-    "xformers",
-    "nvidia-cudnn-frontend",
-    "liger-kernel",
-)
+PACKAGES = ["torch", "triton", "transformers", "numpy"]
+PACKAGES += ["flash-attn-4", "flash-attn", "xformers", "nvidia-cudnn-frontend", "liger-kernel"]
 
 
 def pick_device() -> torch.device:
@@ -58,9 +50,7 @@ def cache_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    sizes = [
-        path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    ]
+    sizes = [path.read_text().strip() for path in CPU_CACHES.glob("index*/size")]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
 
 
@@ -68,22 +58,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=False, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def commit() -> tuple[str | None, bool | None]:
     """(commit, whether the tree is as committed) from PADFREE_COMMIT, the file that came with a copy, or git.
 
     A copy may hold a history that ends before it: the file is right where it was written for these very sources.
     """
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    changed = output("git", "status", "--porcelain", "--untracked-files=no")
     clean = None if changed is None else not changed
     if told := os.environ.get("PADFREE_COMMIT"):
         return told, clean
@@ -93,7 +73,7 @@ def commit() -> tuple[str | None, bool | None]:
             return str(carried["commit"]), bool(carried["clean"])
     except (OSError, KeyError, TypeError, ValueError):
         pass
-    return _output("git", "rev-parse", "HEAD"), clean
+    return output("git", "rev-parse", "HEAD"), clean
 
 
 def sources_digest() -> str:
@@ -106,30 +86,27 @@ def sources_digest() -> str:
 
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told = re.search(r"^model name.*?:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return told[1].strip() if told else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def busy(environment: Mapping[str, Any]) -> str:
     """The load in words where other work ran on this machine's cores just before the run, else ""."""
     load, cores = environment.get("load_before"), environment.get("cores")
-    if load is None or cores is None or load <= cores:
-        return ""
-    return f"load {load} on {cores} cores"
+    return "" if load is None or cores is None or load <= cores else f"load {load} on {cores} cores"
 
 
 def environment(device: torch.device, command: list[str]) -> dict[str, object]:
     """Everything a reader needs to judge or repeat a figure."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     known, clean = commit()
     return {
         "device": device_name(device),
@@ -141,8 +118,8 @@ def environment(device: torch.device, command: list[str]) -> dict[str, object]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "versions": versions,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "versions": {package: _version(package) for package in PACKAGES},
         "commit": known,
         "commit_is_clean": clean,
         "command": " ".join(["python -m bench", *command]),

@@ -2,22 +2,16 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from padfree_bench.measuring.errors import first_line
 from padfree_bench.measuring.results import Row
-from padfree_bench.suites.session import first_line
 
 MIB = 2**20
-SYNC_CALLS = (
-    "cudaStreamSynchronize",
-    "cudaDeviceSynchronize",
-    "cudaEventSynchronize",
-    "cudaMemcpy",
-    "cuStreamSynchronize",
-)
+SYNC_CALLS = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"]
+SYNC_CALLS += ["cudaMemcpy", "cuStreamSynchronize"]
 MARK = "padfree_bench_call"
 
 
@@ -49,25 +43,15 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 def fill_launches(row: Row, call: Callable[[], object]) -> None:
     """Launches and host waits of one call into its row; a profiler that does not work costs these figures alone."""
     try:
-        seen = count_launches(call)
+        row.launches, row.syncs, longest = count_launches(call)
     except Exception as error:  # noqa: BLE001 - CUPTI is refused in many ways
         row.remark(f"launches not counted: {first_line(error)}")
         return
-    row.launches, row.syncs = seen.launches, seen.syncs
-    row.ran = f"{row.ran} ({seen.kernel[:60]})" if seen.kernel else row.ran
+    row.ran = f"{row.ran} ({longest[:60]})" if longest else row.ran
 
 
-@dataclass(frozen=True)
-class Launches:
-    """GPU operations of one call (kernels, copies, fills), host waits inside it, and the longest kernel's name."""
-
-    launches: int
-    syncs: int
-    kernel: str
-
-
-def count_launches(call: Callable[[], object]) -> Launches:
-    """Profile one warm call on a GPU."""
+def count_launches(call: Callable[[], object]) -> tuple[int, int, str]:
+    """(GPU operations: kernels, copies, fills; host waits inside it; the longest kernel's name) of one warm call."""
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
@@ -75,11 +59,10 @@ def count_launches(call: Callable[[], object]) -> Launches:
             call()
         torch.cuda.synchronize()
     events = list(profiler.profiler.kineto_results.events())  # type: ignore[union-attr]
-    on_device = [
-        e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and MARK not in e.name()
-    ]
-    mark = next(e for e in events if e.name() == MARK and e.device_type() == torch.autograd.DeviceType.CPU)
+    cpu, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    launched = [e for e in events if e.device_type() == gpu and MARK not in e.name()]
+    mark = next(e for e in events if e.device_type() == cpu and e.name() == MARK)
     begin, end = mark.start_ns(), mark.start_ns() + mark.duration_ns()
     syncs = [e for e in events if e.name() in SYNC_CALLS and begin <= e.start_ns() <= end]
-    longest = max(on_device, key=lambda e: e.duration_ns(), default=None)
-    return Launches(len(on_device), len(syncs), longest.name() if longest is not None else "")
+    longest = max(launched, key=lambda e: e.duration_ns(), default=None)
+    return len(launched), len(syncs), longest.name() if longest is not None else ""

@@ -5,10 +5,11 @@ import io
 import json
 import math
 import re
-import uuid
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from padfree_bench.measuring.files import environment_in, keep_earlier, write_whole
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 SCHEMA = 1
@@ -19,12 +20,7 @@ FAULT = "fault"
 SECOND_WAVE = " (second wave)"
 # After a peer's name in a --twice run: timed a second time, to see whether it measures the same.
 AGAIN = " (again)"
-EARLIER = "earlier"
 FIGURE = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+|\d+(?= ms)")
-
-
-class DeviceLost(Exception):
-    """After this error the GPU fails every call of this process."""
 
 
 @dataclass
@@ -116,6 +112,9 @@ class Result:
         return [row for row in self.rows if row.status == FAULT]
 
 
+HEAD = ("suite", "quick", "environment", "ceilings", "not_reached")
+
+
 def _rounded(value: Any) -> Any:
     """Four significant digits say all that a repeated measurement holds and keep the files small."""
     if isinstance(value, float):
@@ -127,16 +126,9 @@ def _rounded(value: Any) -> Any:
 
 def to_json(result: Result) -> str:
     """One row a line, so that a difference between two files reads well."""
+    head = {"schema": SCHEMA} | {name: getattr(result, name) for name in HEAD}
+    text = json.dumps(head | {"ceilings": _rounded(result.ceilings)}, indent=1)[:-2]
     rows = [{k: _rounded(v) for k, v in asdict(row).items() if v not in (None, "")} for row in result.rows]
-    head = {
-        "schema": SCHEMA,
-        "suite": result.suite,
-        "quick": result.quick,
-        "environment": result.environment,
-        "ceilings": _rounded(result.ceilings),
-        "not_reached": result.not_reached,
-    }
-    text = json.dumps(head, indent=1)[:-2]
     for name, entries in (("clocks", result.clocks), ("rows", rows)):
         if entries or name == "rows":
             lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
@@ -147,11 +139,10 @@ def to_json(result: Result) -> str:
 def to_csv(result: Result) -> str:
     """One row a line, every column."""
     text = io.StringIO(newline="")
-    writer, names = csv.writer(text), [column.name for column in fields(Row)]
-    writer.writerow([*names, "device", "commit"])
-    for row in result.rows:
-        values = [_rounded(getattr(row, name)) for name in names]
-        writer.writerow([*values, result.device, result.environment.get("commit")])
+    origin = {"device": result.device, "commit": result.environment.get("commit")}
+    writer = csv.DictWriter(text, [*(column.name for column in fields(Row)), *origin])
+    writer.writeheader()
+    writer.writerows(_rounded(asdict(row)) | origin for row in result.rows)
     return text.getvalue()
 
 
@@ -160,24 +151,14 @@ def from_json(text: str) -> Result:
     content = json.loads(text)
     if content.get("schema") != SCHEMA:
         raise ValueError(f"result file must have schema {SCHEMA}, got {content.get('schema')!r}")
-    known = {column.name for column in fields(Row)}
-    for row in content["rows"]:
-        if unknown := set(row) - known:
-            raise ValueError(f"result file has unknown columns {sorted(unknown)}")
+    if unknown := set().union(*content["rows"]) - {column.name for column in fields(Row)}:
+        raise ValueError(f"result file has unknown columns {sorted(unknown)}")
     rows = [Row(**row) for row in content["rows"]]
     for each in rows:
         times = (each.ms_p20, each.ms_p50, each.ms_p80)
         if each.timed and not all(time is not None and 0 < time < math.inf for time in times):
             raise ValueError(f"result file has the times {times} for {each.case} {each.peer}")
-    return Result(
-        suite=content["suite"],
-        environment=content["environment"],
-        rows=rows,
-        ceilings=content["ceilings"],
-        quick=content["quick"],
-        not_reached=content["not_reached"],
-        clocks=content.get("clocks", []),
-    )
+    return Result(rows=rows, clocks=content.get("clocks", []), **{name: content[name] for name in HEAD})
 
 
 def load(path: Path) -> Result:
@@ -196,57 +177,16 @@ def save(result: Result, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.suite}.json"
-    _keep_earlier(path, result)
-    write_whole(path, to_json(result))
-    write_whole(folder / f"{result.suite}.csv", to_csv(result))
-    write_whole(folder / f"{result.suite}.md", markdown(result))
-    return path
-
-
-def _keep_earlier(path: Path, result: Result) -> None:
-    if not path.exists():
-        return
-    try:
-        environment = json.loads(path.read_text())["environment"]
-        device, started = str(environment["device"]), environment.get("started")
-    except (KeyError, TypeError, ValueError):
-        # Unreadable, but somebody's.
-        device, started = result.device, "unknown"
-    if device != result.device:
+    there = environment_in(path)
+    if (device := there.get("device", result.device)) != result.device:
         raise ValueError(
             f"{path} holds figures of {device}, these are of {result.device}: give another --output"
         )
-    if started == result.environment.get("started") or result.quick:
-        return
-    _set_aside(path, started)
-
-
-def keep_earlier(path: Path) -> None:
-    """Move what another run of any command left at `path` to earlier/<when it started>-<its name>."""
-    if path.exists():
-        try:
-            started = json.loads(path.read_text())["environment"]["started"]
-        except (KeyError, TypeError, ValueError):
-            started = "unknown"
-        _set_aside(path, started)
-
-
-def _set_aside(path: Path, started: object) -> None:
-    stamp = re.sub(r"[^0-9A-Za-z]+", "-", str(started).partition("+")[0])
-    kept = path.parent / EARLIER / f"{stamp}-{path.name}"
-    kept.parent.mkdir(exist_ok=True)
-    path.replace(kept)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file whole or not at all; two runs may write the same one, and the later stays."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    try:
-        with temporary.open("w", newline="") as file:
-            file.write(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if there.get("started") != result.environment.get("started") and not result.quick:
+        keep_earlier(path)
+    for suffix, text_of in ((".json", to_json), (".csv", to_csv), (".md", markdown)):
+        write_whole(path.with_suffix(suffix), text_of(result))
+    return path
 
 
 COLUMNS: dict[str, str] = {
@@ -271,20 +211,16 @@ COLUMNS: dict[str, str] = {
 def cell(row: Row, column: str) -> str:
     """One cell of a table, empty where there is no figure."""
     if column == "time":
-        if not row.timed:
-            return row.status
-        figure = f"{row.ms_p50:.4g} [{row.ms_p20:.4g}, {row.ms_p80:.4g}]"
-        return f"FAULT {figure}" if row.status == FAULT else figure
-    if column == "graph_ms" and row.graph_ms is not None and row.graph_p20 is not None:
-        return f"{row.graph_ms:.4g} [{row.graph_p20:.4g}, {row.graph_p80:.4g}]"
+        figure = f"{row.ms_p50:.4g} [{row.ms_p20:.4g}, {row.ms_p80:.4g}]" if row.timed else row.status
+        return f"FAULT {figure}" if row.timed and row.status == FAULT else figure
     if column == "remark":
         status = row.status if row.timed and row.status != OK else ""
-        return "; ".join(
-            part for part in (status, row.reason, row.ran if row.timed else "", row.graph_reason) if part
-        )
+        return "; ".join(filter(None, (status, row.reason, row.ran if row.timed else "", row.graph_reason)))
     value = getattr(row, column)
     if value is None or value == "":
         return ""
+    if column == "graph_ms" and row.graph_p20 is not None:
+        return f"{value:.4g} [{row.graph_p20:.4g}, {row.graph_p80:.4g}]"
     if column == "fraction":
         return f"{value:.0%} ({row.bound})"
     if column == "relative_error":
@@ -317,15 +253,16 @@ def by_reason(rows: list[Row]) -> dict[str, list[Row]]:
 
     Such a figure is an error or a time; the first stands for all of them.
     """
-    found: dict[str, list[Row]] = {}
+    alike: dict[str, list[Row]] = {}
     for row in rows:
         if row.reason:
-            found.setdefault(FIGURE.sub("#", row.reason), []).append(row)
-    named: dict[str, list[Row]] = {}
-    for same in found.values():
-        others = len({row.reason for row in same}) - 1
-        named[same[0].reason + (f" (and {others} with other figures)" if others else "")] = same
-    return named
+            alike.setdefault(FIGURE.sub("#", row.reason), []).append(row)
+
+    def named(these: list[Row]) -> str:
+        others = len({row.reason for row in these}) - 1
+        return these[0].reason + (f" (and {others} with other figures)" if others else "")
+
+    return {named(these): these for these in alike.values()}
 
 
 def fault_line(result: Result) -> str:
@@ -350,8 +287,8 @@ def markdown(result: Result) -> str:
         lines += ["", f"**{fault_line(result)}**"]
     for (case, direction), rows in grouped(result.rows).items():
         columns = used_columns(rows)
-        lines += ["", f"## {case}, {direction}", "", "| " + " | ".join(COLUMNS[c] for c in columns) + " |"]
-        lines.append("|" + "---|" * len(columns))
-        for row in rows:
-            lines.append("| " + " | ".join(cell(row, c).replace("|", "\\|") for c in columns) + " |")
+        lines += ["", f"## {case}, {direction}", ""]
+        lines += [f"| {' | '.join(COLUMNS[name] for name in columns)} |", "|" + "---|" * len(columns)]
+        cells = [[cell(row, name).replace("|", "\\|") for name in columns] for row in rows]
+        lines += [f"| {' | '.join(line)} |" for line in cells]
     return "\n".join(lines) + "\n"

@@ -20,7 +20,8 @@ FLUSH_BYTES = 256 * 2**20
 # About half a millisecond in which the host queues the call under test, so that its events enclose the GPU's work
 # and not the host's; that is `host_us`.
 WAIT_CYCLES, WAIT_US = 1_000_000, 500
-LOWER, UPPER = 20, 80
+# The milliseconds of one call, to be read once all is done, and the microseconds in which the host issued it.
+Timed = tuple[Callable[[], float], float | None]
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summarise(milliseconds: list[float], host_us: list[float] | None = None) -> Sample:
-    """Median and the 20th and 80th percentile of one contender."""
-    p20, p50, p80 = np.percentile(milliseconds, [LOWER, 50, UPPER])
-    return Sample(
-        float(p20), float(p50), float(p80), len(milliseconds), float(np.median(host_us)) if host_us else None
-    )
-
-
 def measure(
     calls: dict[str, Call],
     device: torch.device,
@@ -88,19 +81,14 @@ def measure(
     """
     if not calls:
         return {}
-    if device.type == "cuda" and not wall:
-        return _measure_events(calls, effort, clock, watch)
-
-    def timed(call: Call) -> float:
-        synchronize(device)
-        start = clock()
-        call()
-        synchronize(device)
-        return (clock() - start) * 1e3
-
+    timed = _by_events(clock) if device.type == "cuda" and not wall else _by_the_clock(clock, device)
     for _ in range(max(1, effort.warmup)):
-        round_ms = sum(timed(call) for call in calls.values())
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+        begin = clock()
+        for call in calls.values():
+            timed(call)
+        synchronize(device)
+        round_ms = (clock() - begin) * 1e3
+    taken: dict[str, list[Timed]] = {name: [] for name in calls}
     repetitions = _repetitions(round_ms, effort)
     watch("before")
     for repetition in range(repetitions):
@@ -108,25 +96,28 @@ def measure(
             taken[name].append(timed(call))
         if repetition == repetitions // 2:
             watch("during")
+        # Bounds the queue, so that no call waits for a full one; between rounds, not inside a timed region.
+        synchronize(device)
     watch("after")
-    return {name: summarise(values) for name, values in taken.items()}
+    return {name: _summarise(each) for name, each in taken.items()}
 
 
-def make_flush() -> Call:
-    """A call that fills the GPU's L2 with other data.
+def _by_the_clock(clock: Callable[[], float], device: torch.device) -> Callable[[Call], Timed]:
+    def timed(call: Call) -> Timed:
+        synchronize(device)
+        start = clock()
+        call()
+        synchronize(device)
+        taken_ms = (clock() - start) * 1e3
+        return lambda: taken_ms, None
 
-    It reads and does not write: lines that the timed call had to write back first would count as its own traffic.
-    """
-    other = torch.zeros(FLUSH_BYTES // 4, device="cuda")
-    return other.sum
+    return timed
 
 
-def _measure_events(
-    calls: dict[str, Call], effort: Effort, clock: Callable[[], float], watch: Watch
-) -> dict[str, Sample]:
+def _by_events(clock: Callable[[], float]) -> Callable[[Call], Timed]:
     flush = make_flush()
 
-    def timed(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event, float]:
+    def timed(call: Call) -> Timed:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush()
         torch.cuda._sleep(WAIT_CYCLES)
@@ -135,29 +126,24 @@ def _measure_events(
         call()
         issued = clock() - issued
         end.record()
-        return start, end, issued * 1e6
+        return lambda: start.elapsed_time(end), issued * 1e6
 
-    for _ in range(max(1, effort.warmup)):
-        begin = clock()
-        for call in calls.values():
-            timed(call)
-        torch.cuda.synchronize()
-        round_ms = (clock() - begin) * 1e3
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event, float]]] = {name: [] for name in calls}
-    repetitions = _repetitions(round_ms, effort)
-    watch("before")
-    for repetition in range(repetitions):
-        for name, call in calls.items():
-            events[name].append(timed(call))
-        if repetition == repetitions // 2:
-            watch("during")
-        # Bounds the queue, so that no call waits for a full one; between rounds, not inside a timed region.
-        torch.cuda.synchronize()
-    watch("after")
-    return {
-        name: summarise([start.elapsed_time(end) for start, end, _ in taken], [host for _, _, host in taken])
-        for name, taken in events.items()
-    }
+    return timed
+
+
+def make_flush() -> Call:
+    """A call that fills the GPU's L2 with other data.
+
+    It reads and does not write: lines that the timed call had to write back first would count as its own traffic.
+    """
+    return torch.zeros(FLUSH_BYTES // 4, device="cuda").sum
+
+
+def _summarise(taken: list[Timed]) -> Sample:
+    """Median, the percentiles on both sides of it, and the host's median of one contender."""
+    p20, p50, p80 = map(float, np.percentile([elapsed() for elapsed, _ in taken], [20, 50, 80]))
+    host = [host_us for _, host_us in taken if host_us is not None]
+    return Sample(p20, p50, p80, len(taken), float(np.median(host)) if host else None)
 
 
 def _repetitions(round_ms: float, effort: Effort) -> int:

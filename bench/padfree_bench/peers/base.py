@@ -1,7 +1,8 @@
 """What a peer is: one implementation of padded attention behind one small signature."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,20 +10,21 @@ from torch import Tensor
 
 from padfree_bench.measuring.inputs import Inputs
 
-Grads = tuple[Tensor, Tensor, Tensor]
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
 class Refused(Exception):
     """This peer cannot run this case; the text says why and becomes the row."""
 
 
-def _same(tensor: Tensor) -> Tensor:
+def same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _as_they_are(grads: tuple[Tensor, ...]) -> Grads:
-    d_query, d_key, d_value = grads
-    return d_query, d_key, d_value
+def swap(tensor: Tensor) -> Tensor:
+    """[B, H, S, D] as [B, S, H, D], or back; the memory stays."""
+    return tensor.transpose(1, 2)
 
 
 @dataclass
@@ -38,8 +40,16 @@ class Prepared:
     leaves: tuple[Tensor, ...]
     d_out: Tensor
     ran: str
-    output: Callable[[Tensor], Tensor] = _same
-    grads: Callable[[tuple[Tensor, ...]], Grads] = _as_they_are
+    output: Change = same
+    grads: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
+
+    def answer(self, training: bool) -> Iterator[tuple[str, Tensor]]:
+        """Run once: (name, [B, H, S, D]) of the output, then of the three gradients when training."""
+        result = self.forward()
+        yield "out", self.output(result.detach())
+        if training:
+            grads = self.grads(torch.autograd.grad(result, self.leaves, self.d_out))
+            yield from zip(("d_query", "d_key", "d_value"), grads, strict=True)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Peer:
     prepare: Callable[[Inputs, bool], Prepared]
     note: str
     upper_bound: bool = False
-    slow_to_compile: bool = field(default=False)
+    slow_to_compile: bool = False
 
 
 def leaves_of(*tensors: Tensor, training: bool) -> tuple[Tensor, ...]:
@@ -59,27 +69,18 @@ def leaves_of(*tensors: Tensor, training: bool) -> tuple[Tensor, ...]:
 
 
 def padded(
-    inputs: Inputs, training: bool, run: Callable[[Tensor, Tensor, Tensor], Tensor], ran: str
+    inputs: Inputs, training: bool, run: Run, ran: str, there: Change = same, back: Change = same
 ) -> Prepared:
-    """A peer that takes and returns [B, H, S, D]."""
-    leaves = leaves_of(inputs.query, inputs.key, inputs.value, training=training)
-    return Prepared(lambda: run(*leaves), leaves, inputs.d_out, ran)
-
-
-def packed(
-    inputs: Inputs, training: bool, run: Callable[[Tensor, Tensor, Tensor], Tensor], ran: str
-) -> Prepared:
-    """A peer that takes and returns [T, H, D], packed before the clock starts."""
-    ready = (inputs.pack(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
-    leaves = leaves_of(*ready, training=training)
+    """A peer that takes and returns [B, H, S, D], or what `there` makes of it before the clock starts and `back` undoes."""
+    leaves = leaves_of(*map(there, (inputs.query, inputs.key, inputs.value)), training=training)
     return Prepared(
-        lambda: run(*leaves),
-        leaves,
-        inputs.pack(inputs.d_out),
-        ran,
-        output=inputs.unpack,
-        grads=lambda grads: _as_they_are(tuple(inputs.unpack(grad) for grad in grads)),
+        lambda: run(*leaves), leaves, there(inputs.d_out), ran, back, lambda grads: tuple(map(back, grads))
     )
+
+
+def packed(inputs: Inputs, training: bool, run: Run, ran: str) -> Prepared:
+    """A peer that takes and returns [T, H, D], packed before the clock starts."""
+    return padded(inputs, training, run, ran, inputs.pack, inputs.unpack)
 
 
 def packing(inputs: Inputs, training: bool, run: Callable[..., Tensor], ran: str) -> Prepared:
@@ -87,11 +88,10 @@ def packing(inputs: Inputs, training: bool, run: Callable[..., Tensor], ran: str
 
     run(query, key, value, cu_seqlens, max_seqlen) on [T, H, D].
     """
-    from torch.nn.functional import pad
 
     def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keep = ~inputs.padding
-        cu_seqlens = pad(torch.cumsum(keep.sum(1), 0, dtype=torch.int32), (1, 0))
+        cu_seqlens = torch.nn.functional.pad(torch.cumsum(keep.sum(1), 0, dtype=torch.int32), (1, 0))
         where = torch.nonzero(keep.flatten()).flatten()
         rows = (tensor.transpose(1, 2).flatten(0, 1).index_select(0, where) for tensor in (query, key, value))
         out = run(*rows, cu_seqlens, inputs.case.seq)
@@ -114,24 +114,19 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(function, dynamic=False, **options)
 
 
-def needs(module: str) -> None:
-    """Refuse with the package's name where it is not installed."""
-    import importlib
-
+def needs(module: str) -> Any:
+    """The module; refuses with its name where it is not installed."""
     try:
-        importlib.import_module(module)
+        return importlib.import_module(module)
     except Exception as error:  # noqa: BLE001 - a broken wheel fails in many ways; each is a reason for the row
         first_line = (str(error).splitlines() or [""])[0]
         raise Refused(f"{module} is not usable here: {type(error).__name__}: {first_line}") from None
 
 
-def needs_cuda(inputs: Inputs, what: str) -> None:
-    """Refuse on a CPU."""
+def needs_cuda(inputs: Inputs, what: str, module: str, half_only: bool = True) -> Any:
+    """The module of `what`; refuses a CPU, fp32 where it takes 16 bits only, and where it is not installed."""
     if inputs.device.type != "cuda":
         raise Refused(f"{what} runs on CUDA only, this is {inputs.device.type}")
-
-
-def needs_16_bit(inputs: Inputs, what: str) -> None:
-    """Refuse fp32."""
-    if inputs.query.dtype not in (torch.float16, torch.bfloat16):
+    if half_only and inputs.query.dtype not in (torch.float16, torch.bfloat16):
         raise Refused(f"{what} takes fp16 and bf16 only, this is {inputs.case.dtype}")
+    return needs(module)

@@ -1,105 +1,78 @@
 """cuDNN's graph API with real lengths (nvidia-cudnn-frontend): its padding mask, without a mask tensor."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from padfree_bench.measuring.inputs import Inputs
-from padfree_bench.peers.base import Peer, Prepared, leaves_of, needs, needs_16_bit, needs_cuda
+from padfree_bench.peers.base import Peer, Prepared, needs_cuda, padded
+
+
+class _Graph:
+    """One graph of one case, built once: what its tensors are called, those that it takes before those that it gives."""
+
+    def __init__(
+        self, cudnn: Any, handle: Any, tensors: tuple[Tensor, ...], attend: Callable[..., Any]
+    ) -> None:
+        """attend(graph, names of the tensors) gives the results, laid out as the first tensor but for statistics."""
+        self.cudnn, self.handle = cudnn, handle
+        half = cudnn.data_type.HALF if tensors[0].dtype == torch.float16 else cudnn.data_type.BFLOAT16
+        single = cudnn.data_type.FLOAT
+        self.graph = cudnn.pygraph(
+            io_data_type=half, intermediate_data_type=single, compute_data_type=single, handle=handle
+        )
+        names = [self.graph.tensor_like(tensor) for tensor in tensors]
+        self.names = [*names, *attend(self.graph, *names)]
+        self.graph.build([cudnn.heur_mode.A])
+        self.space = torch.empty(self.graph.get_workspace_size(), device="cuda", dtype=torch.uint8)
+
+    def execute(self, *tensors: Tensor) -> None:
+        self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
+        self.graph.execute(dict(zip(self.names, tensors, strict=True)), self.space, handle=self.handle)
 
 
 class _Graphs:
-    """The forward and backward graphs of one case, built once; a new shape needs new ones."""
+    """The forward and backward graphs of one case; a new shape needs new ones."""
 
-    def __init__(self, inputs: Inputs, training: bool) -> None:
-        import cudnn
-
-        self.handle = cudnn.create_handle()
-        io_type = cudnn.data_type.HALF if inputs.query.dtype == torch.float16 else cudnn.data_type.BFLOAT16
-        types = {
-            "io_data_type": io_type,
-            "intermediate_data_type": cudnn.data_type.FLOAT,
-            "compute_data_type": cudnn.data_type.FLOAT,
-            "handle": self.handle,
-        }
-        case = inputs.case
-        self.scale = 1 / math.sqrt(case.head_dim)
-        self.used = inputs.lengths.int().view(-1, 1, 1, 1).contiguous()
-        # The layout of inputs: [B, H, S, D] over [B, S, H, D] memory.
-        self.out = torch.empty_like(inputs.query)
+    def __init__(self, cudnn: Any, inputs: Inputs, training: bool) -> None:
+        case, self.used = inputs.case, inputs.lengths.int().view(-1, 1, 1, 1).contiguous()
         self.stats = torch.empty(case.batch, case.heads, case.seq, 1, device=inputs.device)
-        self.forward = cudnn.pygraph(**types)
-        self.forward_names = self._build_forward(cudnn, inputs)
+        qkv, handle = (inputs.query, inputs.key, inputs.value), cudnn.create_handle()
+        # The layout of inputs: [B, H, S, D] over [B, S, H, D] memory.
+        out = torch.empty_like(inputs.query)
+        options = {"attn_scale": 1 / math.sqrt(case.head_dim), "use_padding_mask": True}
+
+        def laid_out(result: Any) -> Any:
+            return result.set_output(True).set_dim(out.size()).set_stride(out.stride())
+
+        def forward(graph: Any, q: Any, k: Any, v: Any, seq_len_q: Any, seq_len_kv: Any) -> list[Any]:
+            lengths = {"seq_len_q": seq_len_q, "seq_len_kv": seq_len_kv}
+            result, stats = graph.sdpa(q=q, k=k, v=v, generate_stats=True, **lengths, **options)
+            laid_out(result)
+            stats.set_output(True).set_data_type(cudnn.data_type.FLOAT)
+            return [result, stats]
+
+        def backward(graph: Any, *names: Any) -> list[Any]:
+            keys = ("q", "k", "v", "o", "dO", "stats", "seq_len_q", "seq_len_kv")
+            grads = graph.sdpa_backward(**dict(zip(keys, names, strict=True)), **options)
+            for grad in grads:
+                laid_out(grad)
+            return list(grads)
+
+        self.forward = _Graph(cudnn, handle, (*qkv, self.used, self.used), forward)
         if training:
-            self.backward = cudnn.pygraph(**types)
-            self.backward_names = self._build_backward(cudnn, inputs)
-
-    def _finish(self, cudnn, graph) -> Tensor:  # type: ignore[no-untyped-def]
-        graph.build([cudnn.heur_mode.A])
-        return torch.empty(graph.get_workspace_size(), device="cuda", dtype=torch.uint8)
-
-    def _build_forward(self, cudnn, inputs: Inputs) -> list:  # type: ignore[no-untyped-def]
-        graph = self.forward
-        names = [graph.tensor_like(x) for x in (inputs.query, inputs.key, inputs.value, self.used, self.used)]
-        out, stats = graph.sdpa(
-            q=names[0],
-            k=names[1],
-            v=names[2],
-            generate_stats=True,
-            attn_scale=self.scale,
-            use_padding_mask=True,
-            seq_len_q=names[3],
-            seq_len_kv=names[4],
-        )
-        out.set_output(True).set_dim(self.out.size()).set_stride(self.out.stride())
-        stats.set_output(True).set_data_type(cudnn.data_type.FLOAT)
-        self.forward_space = self._finish(cudnn, graph)
-        return [*names, out, stats]
-
-    def _build_backward(self, cudnn, inputs: Inputs) -> list:  # type: ignore[no-untyped-def]
-        graph = self.backward
-        tensors = (
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            self.out,
-            inputs.d_out,
-            self.stats,
-            self.used,
-            self.used,
-        )
-        names = [graph.tensor_like(x) for x in tensors]
-        grads = graph.sdpa_backward(
-            q=names[0],
-            k=names[1],
-            v=names[2],
-            o=names[3],
-            dO=names[4],
-            stats=names[5],
-            attn_scale=self.scale,
-            use_padding_mask=True,
-            seq_len_q=names[6],
-            seq_len_kv=names[7],
-        )
-        for grad in grads:
-            grad.set_output(True).set_dim(self.out.size()).set_stride(self.out.stride())
-        self.backward_space = self._finish(cudnn, graph)
-        return [*names, *grads]
-
-    def execute(self, graph, names: list, tensors: tuple[Tensor, ...], space: Tensor) -> None:  # type: ignore[no-untyped-def]
-        import cudnn
-
-        cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
-        graph.execute(dict(zip(names, tensors, strict=True)), space, handle=self.handle)
+            tensors = (*qkv, out, inputs.d_out, self.stats, self.used, self.used)
+            self.backward = _Graph(cudnn, handle, tensors, backward)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, graphs: _Graphs) -> Tensor:  # type: ignore[no-untyped-def]
         out, stats = torch.empty_like(query), torch.empty_like(graphs.stats)
-        tensors = (query, key, value, graphs.used, graphs.used, out, stats)
-        graphs.execute(graphs.forward, graphs.forward_names, tensors, graphs.forward_space)
+        graphs.forward.execute(query, key, value, graphs.used, graphs.used, out, stats)
         ctx.save_for_backward(query, key, value, out, stats)
         ctx.graphs = graphs
         return out
@@ -108,19 +81,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):  # type: ignore[no-untyped-def]
         graphs, (query, key, value, out, stats) = ctx.graphs, ctx.saved_tensors
         grads = tuple(torch.empty_like(query) for _ in range(3))
-        tensors = (query, key, value, out, d_out, stats, graphs.used, graphs.used, *grads)
-        graphs.execute(graphs.backward, graphs.backward_names, tensors, graphs.backward_space)
+        given = (query, key, value, out, d_out, stats, graphs.used, graphs.used)
+        graphs.backward.execute(*given, *grads)
         return (*grads, None)
 
 
 def prepare(inputs: Inputs, training: bool) -> Prepared:
-    needs_cuda(inputs, "cudnn-frontend")
-    needs_16_bit(inputs, "cudnn-frontend")
-    needs("cudnn")
-    graphs = _Graphs(inputs, training)
-    leaves = leaves_of(inputs.query, inputs.key, inputs.value, training=training)
+    graphs = _Graphs(needs_cuda(inputs, "cudnn-frontend", "cudnn"), inputs, training)
     ran = "cudnn.pygraph sdpa, use_padding_mask"
-    return Prepared(lambda: _Attention.apply(*leaves, graphs), leaves, inputs.d_out, ran)  # type: ignore[no-untyped-call]
+    return padded(inputs, training, lambda q, k, v: _Attention.apply(q, k, v, graphs), ran)  # type: ignore[no-untyped-call]
 
 
 PEERS = [Peer("cudnn-frontend", prepare, "padded input, lengths on the device, graph built before the clock")]

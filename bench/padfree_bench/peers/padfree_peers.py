@@ -7,7 +7,7 @@ from torch import Tensor
 
 import padfree
 from padfree_bench.measuring.inputs import Inputs
-from padfree_bench.peers.base import Grads, Peer, Prepared, Refused, leaves_of, packed, packing, padded
+from padfree_bench.peers.base import Peer, Prepared, Refused, leaves_of, packed, packing, padded, swap
 
 RAN = "padfree's Triton kernel"
 
@@ -51,7 +51,7 @@ def prepare_packing(inputs: Inputs, training: bool) -> Prepared:
 
 def prepare_qkvpacked(inputs: Inputs, training: bool) -> Prepared:
     check_kernel(inputs.query)
-    buffer = torch.stack([x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value)], dim=2)
+    buffer = torch.stack([swap(x) for x in (inputs.query, inputs.key, inputs.value)], dim=2)
     leaves = leaves_of(buffer, training=training)
 
     def forward() -> Tensor:
@@ -59,22 +59,19 @@ def prepare_qkvpacked(inputs: Inputs, training: bool) -> Prepared:
         assert isinstance(out, Tensor)
         return out
 
-    def grads(parts: tuple[Tensor, ...]) -> Grads:
-        d_query, d_key, d_value = parts[0].permute(2, 0, 3, 1, 4).unbind(0)
-        return d_query, d_key, d_value
+    def grads(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return parts[0].permute(2, 0, 3, 1, 4).unbind(0)
 
-    d_out = inputs.d_out.transpose(1, 2)
-    return Prepared(forward, leaves, d_out, RAN, output=lambda out: out.transpose(1, 2), grads=grads)
+    return Prepared(forward, leaves, swap(inputs.d_out), RAN, swap, grads)
 
 
+SKIP = "skip_padded_queries=True"
 UPPER = "no mask: wrong answer where there is padding, shows what the mask costs"
 PEERS = [
     Peer("padfree", functools.partial(prepare, skip=False), "padded in and out, every row"),
-    Peer(
-        "padfree-skip", functools.partial(prepare, skip=True), "padded in and out, skip_padded_queries=True"
-    ),
+    Peer("padfree-skip", functools.partial(prepare, skip=True), f"padded in and out, {SKIP}"),
     Peer("padfree-varlen", prepare_varlen, "ready-packed input and output"),
     Peer("padfree-varlen+pack", prepare_packing, "offsets, packing and unpacking inside the time"),
-    Peer("padfree-qkv", prepare_qkvpacked, "one [B,S,3,H,D] buffer, skip_padded_queries=True"),
+    Peer("padfree-qkv", prepare_qkvpacked, f"one [B,S,3,H,D] buffer, {SKIP}"),
     Peer("padfree-nomask", functools.partial(prepare, skip=False, with_mask=False), UPPER, upper_bound=True),
 ]

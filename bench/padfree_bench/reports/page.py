@@ -4,7 +4,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from padfree_bench.cli import SUITES
+from padfree_bench.measuring.cases import SUITES
 from padfree_bench.measuring.results import (
     COLUMNS,
     FAULT,

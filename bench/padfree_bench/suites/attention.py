@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from padfree_bench.measuring.cases import DIRECTIONS, Case, choose_cases
+from padfree_bench.measuring.cases import DIRECTIONS, Case, choose_cases, pick
 from padfree_bench.measuring.ceilings import Ceilings, measure_ceilings, work
 from padfree_bench.measuring.check import Truth, check, compute_truth
 from padfree_bench.measuring.inputs import Inputs, make_inputs
@@ -17,7 +17,7 @@ from padfree_bench.measuring.results import AGAIN, FAULT, OK, SECOND_WAVE, UPPER
 from padfree_bench.measuring.timing import WAIT_US, Call
 from padfree_bench.peers import Peer, Prepared, choose_peers
 from padfree_bench.suites.contenders import Contest, excused, fill_profile, fill_rates, refuse, start_row
-from padfree_bench.suites.session import Session, pick
+from padfree_bench.suites.session import Session
 
 HOST_BOUND = "issued slower than the GPU was kept waiting: the time holds host time, trust graph_ms"
 # Timed once more beside the peers that compile for every shape: what the others are compared with.
@@ -35,11 +35,11 @@ class Contender:
 def admit(peer: Peer, inputs: Inputs, truth: Truth, training: bool, suite: str = "attention") -> Contender:
     """Prepare a peer and check its answer; whoever is wrong, refuses or fails gets a reason instead of a clock."""
     case = inputs.case
-    row = start_row(suite, case, "", peer.name, peer.note, inputs.tokens / (case.batch * case.seq))
+    row = start_row(suite, case, "", peer, inputs.tokens / (case.batch * case.seq))
     contender = Contender(row)
     with excused(row):
         prepared = peer.prepare(inputs, training)
-        verdict = check(prepared, inputs, truth, training)
+        verdict = check(prepared.answer(training), inputs, truth)
         if not math.isnan(verdict.max_error):
             row.max_error, row.relative_error = verdict.max_error, max(verdict.relative.values())
         if verdict.wrong and not peer.upper_bound:
@@ -170,7 +170,7 @@ def run(options: Namespace, command: list[str]) -> Result:
     """The attention suite as the command line asks for it."""
     device = pick_device()
     cases = choose_cases(device.type, options.shapes, options.dtypes, options.quick)
-    directions = pick("direction", options.directions, DIRECTIONS)
+    directions = pick("direction", options.directions or ",".join(DIRECTIONS), DIRECTIONS)
     peers = peers_for(options.peers, device, options.twice)
     session = Session("attention", options, command, {case.dtype for case in cases})
     fast = [peer for peer in peers if not peer.slow_to_compile]

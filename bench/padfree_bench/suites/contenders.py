@@ -10,19 +10,19 @@ import torch
 from padfree_bench.measuring import profiling
 from padfree_bench.measuring.cases import Case
 from padfree_bench.measuring.clocks import Watch
+from padfree_bench.measuring.errors import first_line
 from padfree_bench.measuring.results import NOT_RUN, Row
 from padfree_bench.measuring.timing import Call, Sample, capture_graph, measure
 from padfree_bench.peers import Refused
-from padfree_bench.suites.session import Session, first_line, release
+from padfree_bench.suites.session import Session, release
 
 
-def start_row(suite: str, case: Case, direction: str, name: str, note: str, valid_fraction: float) -> Row:
-    """A contender's row before anything is known of it."""
+def start_row(suite: str, case: Case, direction: str, contender: Any, valid_fraction: float) -> Row:
+    """The row of a contender, which has a `name` and a `note`, before anything is known of it."""
     columns = ("group", "dtype", "batch", "heads", "head_dim", "seq", "lengths")
     shape = {column: getattr(case, column) for column in columns}
-    return Row(
-        suite, case.id, direction=direction, peer=name, note=note, valid_fraction=valid_fraction, **shape
-    )
+    told = {"peer": contender.name, "note": contender.note, "valid_fraction": valid_fraction}
+    return Row(suite, case.id, direction=direction, **told, **shape)
 
 
 def refuse(reason: str) -> Callable[..., Any]:

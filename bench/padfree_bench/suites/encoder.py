@@ -39,14 +39,14 @@ def draw(
     case: ModelCase, attention: str, cls_only: bool = False, dropout_rate: float = 0.0
 ) -> TextClassifier:
     """The classifier in fp32; no dropout unless it is asked for, so that answers compare."""
-    sizes: dict[str, Any] = {
-        "d_model": case.width,
-        "n_heads": case.heads,
-        "dff": case.ffn,
-        "n_layers": case.layers,
-    }
     config = TextClassifierConfig(
-        **sizes, max_length=case.seq, dropout_rate=dropout_rate, cls_only_last_layer=cls_only
+        d_model=case.width,
+        n_heads=case.heads,
+        dff=case.ffn,
+        n_layers=case.layers,
+        max_length=case.seq,
+        dropout_rate=dropout_rate,
+        cls_only_last_layer=cls_only,
     )
     config._attn_implementation = attention
     torch.manual_seed(0)

@@ -6,14 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 
-from padfree_bench.measuring.cases import (
-    DIRECTIONS,
-    Case,
-    choose_cases,
-    choose_dtypes,
-    cpu_groups,
-    gpu_groups,
-)
+from padfree_bench.measuring.cases import DIRECTIONS, Case, choose_cases, choose_dtypes, groups, pick
 from padfree_bench.measuring.check import Truth, compute_truth
 from padfree_bench.measuring.inputs import Inputs, make_inputs
 from padfree_bench.measuring.machine import pick_device
@@ -21,7 +14,7 @@ from padfree_bench.measuring.results import OK, Result, Row
 from padfree_bench.peers import Peer
 from padfree_bench.suites.attention import MAKE_CALL, admit, peers_for, result_bytes
 from padfree_bench.suites.contenders import excused, fill_profile
-from padfree_bench.suites.session import Session, pick
+from padfree_bench.suites.session import Session
 
 
 def run_case(session: Session, case: Case, peers: list[Peer], directions: list[str]) -> Iterator[list[Row]]:
@@ -51,7 +44,7 @@ def run(options: Namespace, command: list[str]) -> Result:
     cases = choose_cases(device.type, shapes, options.dtypes, options.quick)
     if shapes is None:
         # A quick look needs two lengths, not the whole handful of the speed suite.
-        sweep = (gpu_groups() if device.type == "cuda" else cpu_groups())["length"]
+        sweep = groups(device.type)["length"]
         dtypes = choose_dtypes(options.dtypes, cases[0].dtype)
         cases = [replace(case, batch=1, dtype=dtype) for dtype in dtypes for case in sweep[:2]]
     directions = pick("direction", options.directions or "forward,both", DIRECTIONS)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from padfree_bench.measuring.cases import DIRECTIONS, DTYPES, Case
+from padfree_bench.measuring.cases import DIRECTIONS, DTYPES, Case, pick
 from padfree_bench.measuring.check import limit_of
 from padfree_bench.measuring.machine import pick_device
 from padfree_bench.measuring.results import OK, Result, Row
@@ -18,7 +18,7 @@ from padfree_bench.measuring.timing import Call
 from padfree_bench.peers import padfree_peers
 from padfree_bench.peers.base import compiled, needs
 from padfree_bench.suites.contenders import Contest, fill_profile, refuse, start_row
-from padfree_bench.suites.session import Session, pick
+from padfree_bench.suites.session import Session
 
 # Never more than this: a model adds up the rounding of its layers, and an answer of zeros errs by 1.
 LIMITS = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 0.2}
@@ -163,7 +163,7 @@ def run_mode(
     exact, own = (answers(reference.build(case, batch, d), training) for d in (torch.float64, dtype))
     contest, full = Contest(session, batch.tokens), batch.tokens / batch.input_ids.numel()
     for peer in peers:
-        with contest.enter(start_row(session.result.suite, case, mode, peer.name, peer.note, full)) as row:
+        with contest.enter(start_row(session.result.suite, case, mode, peer, full)) as row:
             model = peer.build(case, batch, dtype)
             row.ran = model.ran
             if admits(row, answers(model, training), exact, own):
@@ -191,13 +191,13 @@ def choose_modes(directions: str | None) -> list[str]:
         raise ValueError(
             "direction must be forward (inference) or both (training) of a model, got 'backward'"
         )
-    chosen = pick("direction", directions, DIRECTIONS)
+    chosen = pick("direction", directions or ",".join(DIRECTIONS), DIRECTIONS)
     return [mode for mode, wanted in (("inference", "forward"), ("training", "both")) if wanted in chosen]
 
 
 def choose_models(sizes: dict[str, ModelCase], shapes: str | None, dtypes: list[str]) -> list[ModelCase]:
     """The named sizes, or all, in each dtype; ValueError for an unknown name."""
-    names = pick("shape", shapes, sizes)
+    names = pick("shape", shapes or ",".join(sizes), sizes)
     return [replace(sizes[name], dtype=dtype) for dtype in dtypes for name in names]
 
 
@@ -206,7 +206,7 @@ def run_models(
 ) -> Result:
     """Every chosen peer on every case, against the peer "eager"; on a CPU those that compile only when named."""
     known = {peer.name: peer for peer in peers}
-    chosen = [known[name] for name in pick("peer", options.peers, known)]
+    chosen = [known[name] for name in pick("peer", options.peers or ",".join(known), known)]
     if not options.peers and pick_device().type == "cpu":
         unless_named = refuse("compiles C++ on a CPU: name it with --peers to run it")
         chosen = [replace(peer, draw=unless_named) if peer.compile_mode else peer for peer in chosen]

@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,45 +16,13 @@ from tqdm import tqdm
 
 from padfree_bench.measuring import clocks, machine, results
 from padfree_bench.measuring.ceilings import Ceilings, measure_ceilings
-from padfree_bench.measuring.results import NOT_RUN, DeviceLost, Result, Row
+from padfree_bench.measuring.errors import DeviceLost, out_of_memory
+from padfree_bench.measuring.results import NOT_RUN, Result, Row
 from padfree_bench.measuring.timing import Effort, own_stream
 
 # A tune.json whose accepted rows come before the table's own, in this process.
 TUNED_ROWS = "PADFREE_TUNED_ROWS"
 MAIN_COLUMNS = [name for name in results.COLUMNS if name not in ("host_us", "gb_per_s", "remark")]
-
-
-def pick(what: str, text: str | None, known: Collection[str]) -> list[str]:
-    """The names in a text, by comma; all known ones where there is none. ValueError for an unknown one lists them."""
-    names = text.split(",") if text else list(known)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
-    return names
-
-
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """One line that says what went wrong, for a row; DeviceLost where no later row could be measured either."""
-    if out_of_memory(error):
-        return "out of memory"
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    line = f"{type(error).__name__}: {text[:200]}"
-    if isinstance(error, torch.AcceleratorError) and _device_is_lost():
-        raise DeviceLost(line) from error
-    return line
-
-
-def _device_is_lost() -> bool:
-    """Whether an error, such as an illegal access, is there to stay; a refused launch or capture is not."""
-    try:
-        torch.cuda.synchronize()
-    except torch.AcceleratorError:
-        return True
-    return False
 
 
 def release() -> None:

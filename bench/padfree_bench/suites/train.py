@@ -14,14 +14,14 @@ import torch
 
 from imdb_classifier.modeling import TextClassifier
 from padfree_bench.measuring import profiling
-from padfree_bench.measuring.cases import DTYPES, choose_dtypes
+from padfree_bench.measuring.cases import DTYPES, choose_dtypes, pick
 from padfree_bench.measuring.lengths import imdb_lengths
 from padfree_bench.measuring.results import OK, Result, Row
 from padfree_bench.measuring.timing import Effort
 from padfree_bench.suites import encoder
 from padfree_bench.suites.contenders import Contest, start_row
 from padfree_bench.suites.models import Batch, ModelCase, admits, check_padfree, choose_models, make_batch
-from padfree_bench.suites.session import Session, pick
+from padfree_bench.suites.session import Session
 
 # The batches of all sizes are padded to 400, the notebook's max_length.
 SIZES = {name: encoder.SIZES[name] for name in ("notebook", "d768")}
@@ -111,15 +111,12 @@ def run_case(session: Session, case: ModelCase, recipes: list[Recipe]) -> Iterat
     for recipe in recipes:
         made, probe = batches[recipe.grouped], probes[recipe.grouped]
         full = tokens / sum(batch.input_ids.numel() for batch in made)
-        with contest.enter(
-            start_row(session.result.suite, case, "step", recipe.name, recipe.note, full)
-        ) as row:
+        with contest.enter(start_row(session.result.suite, case, "step", recipe, full)) as row:
             model = make_model(case, recipe, device)
             if admits(row, answers(model, probe, dtype), exact[recipe.grouped], own[recipe.grouped]):
                 longest = max(made, key=lambda batch: batch.input_ids.shape[1])
-                row.peak_mib = (
-                    profiling.peak_bytes(make_epoch(model, [longest], dtype), device) / profiling.MIB
-                )
+                one_step = make_epoch(model, [longest], dtype)
+                row.peak_mib = profiling.peak_bytes(one_step, device) / profiling.MIB
                 contest.calls[recipe.name] = make_epoch(model, made, dtype)
                 row.status, row.ran = OK, f"attn_implementation={recipe.attention}"
     yield contest.time()
@@ -129,7 +126,7 @@ def run(options: Namespace, command: list[str]) -> Result:
     """The train suite; one row's time is milliseconds a step, averaged over the batches of an epoch."""
     gpu = torch.cuda.is_available()
     known = {recipe.name: recipe for recipe in RECIPES}
-    recipes = [known[name] for name in pick("peer", options.peers, known)]
+    recipes = [known[name] for name in pick("peer", options.peers or ",".join(known), known)]
     names = options.shapes or (None if gpu else "notebook")
     dtypes = choose_dtypes(options.dtypes, "bf16,fp32" if gpu else "fp32")
     batch, batches = (64, 20) if gpu else (16, 4) if options.quick else (64, 8)

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from padfree._triton import configs
 from padfree._triton.configs import Config, Row
-from padfree_bench.cli import positive_minutes
 from padfree_bench.compiled.aot import why_not_compile
 from padfree_bench.measuring import machine
 from padfree_bench.measuring.cases import Case, parse_case
 from padfree_bench.measuring.check import Truth, compute_truth, relative_error
+from padfree_bench.measuring.errors import DeviceLost
+from padfree_bench.measuring.files import keep_earlier
 from padfree_bench.measuring.inputs import make_inputs
-from padfree_bench.measuring.processes import stop_on_sigterm
-from padfree_bench.measuring.results import RESULTS, DeviceLost, keep_earlier
+from padfree_bench.measuring.processes import positive_minutes, stop_on_sigterm
+from padfree_bench.measuring.results import RESULTS
 from padfree_bench.measuring.timing import Call, Effort, capture_graph, measure, own_stream
 from padfree_bench.tuning.tune_candidates import (
     ARCH,

@@ -32,9 +32,9 @@ from padfree_bench.compiled.aot import SHARED_LIMIT, Compiled, compile_only
 from padfree_bench.compiled.aot_calls import KERNELS
 from padfree_bench.compiled.cost_model import costs_of, occupancy, predict
 from padfree_bench.measuring.cases import DTYPES, Case, parse_case
+from padfree_bench.measuring.files import write_whole
 from padfree_bench.measuring.inputs import Inputs
 from padfree_bench.measuring.processes import children_die_too, die_with_parent
-from padfree_bench.measuring.results import write_whole
 
 ARCH = 90
 PASSES = ("forward", "query_gradient", "key_gradient")
