@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,14 +52,12 @@ class Verdict:
 
 def compute_truth(inputs: Inputs) -> Truth:
     """The exact answer and the limits that follow from the plain formula's own rounding on the same inputs."""
-    dtype, names = inputs.case.dtype, [field.name for field in fields(Answer)]
-    truth = plain_attention(inputs, torch.float64)
-    own_error = dict.fromkeys(names, 0.0)
-    if dtype != "fp32":
-        own = plain_attention(inputs, DTYPES[dtype])
-        for name in names:
-            own_error[name] = relative_error(getattr(own, name), getattr(truth, name), inputs.keep)[0]
-    return Truth(**vars(truth), limits={name: limit_of(dtype, own_error[name]) for name in names})
+    dtype, truth = inputs.case.dtype, plain_attention(inputs, torch.float64)
+    own = truth if dtype == "fp32" else plain_attention(inputs, DTYPES[dtype])
+    limits = {}
+    for name, exact in vars(truth).items():
+        limits[name] = limit_of(dtype, relative_error(getattr(own, name), exact, inputs.keep)[0])
+    return Truth(**vars(truth), limits=limits)
 
 
 def relative_error(actual: Tensor, truth: Tensor, keep: Tensor) -> tuple[float, float]:

@@ -31,10 +31,7 @@ def reasons(mask: int) -> list[str]:
 
 def uuid() -> str | None:
     """This process's GPU as NVML names it, whatever CUDA_VISIBLE_DEVICES counts."""
-    if not torch.cuda.is_available():
-        return None
-    found = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
-    return f"GPU-{found}" if found else None
+    return f"GPU-{torch.cuda.get_device_properties().uuid}" if torch.cuda.is_available() else None
 
 
 @functools.cache

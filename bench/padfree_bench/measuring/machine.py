@@ -48,7 +48,7 @@ def device_slug(device: torch.device) -> str:
 def cache_bytes(device: torch.device) -> int:
     """Size of the last cache before memory; 0 where nothing tells."""
     if device.type == "cuda":
-        return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     sizes = [path.read_text().strip() for path in CPU_CACHES.glob("index*/size")]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)

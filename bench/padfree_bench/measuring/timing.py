@@ -5,9 +5,10 @@ the wall clock with a synchronisation. Drift of clocks or neighbours then hits a
 """
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,6 @@ class Sample:
     p80: float
     repetitions: int
     host_us: float | None = None
-
-    @property
-    def width(self) -> float:
-        """The interval printed beside the median: p80 - p20."""
-        return self.p80 - self.p20
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,6 @@ def measure(
     device: torch.device,
     effort: Effort,
     wall: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
     watch: Watch = lambda moment: None,
 ) -> dict[str, Sample]:
     """Time every call, interleaved A B C A B C.
@@ -75,19 +70,19 @@ def measure(
         device: where they run.
         effort: how many repetitions; the same number for each.
         wall: wall clock with synchronisation on a GPU too, for whole steps.
-        clock: seconds, replaceable in tests.
         watch: called "before" the first repetition, "during" one in the middle, while a GPU works through what was
             queued, and right "after" the last; never between a call's two time stamps.
     """
     if not calls:
         return {}
-    timed = _by_events(clock) if device.type == "cuda" and not wall else _by_the_clock(clock, device)
+    on_events = device.type == "cuda" and not wall
+    timed = partial(_by_events, make_flush()) if on_events else partial(_by_the_clock, device)
     for _ in range(max(1, effort.warmup)):
-        begin = clock()
+        begin = perf_counter()
         for call in calls.values():
             timed(call)
         synchronize(device)
-        round_ms = (clock() - begin) * 1e3
+        round_ms = (perf_counter() - begin) * 1e3
     taken: dict[str, list[Timed]] = {name: [] for name in calls}
     repetitions = _repetitions(round_ms, effort)
     watch("before")
@@ -102,33 +97,25 @@ def measure(
     return {name: _summarise(each) for name, each in taken.items()}
 
 
-def _by_the_clock(clock: Callable[[], float], device: torch.device) -> Callable[[Call], Timed]:
-    def timed(call: Call) -> Timed:
-        synchronize(device)
-        start = clock()
-        call()
-        synchronize(device)
-        taken_ms = (clock() - start) * 1e3
-        return lambda: taken_ms, None
-
-    return timed
+def _by_the_clock(device: torch.device, call: Call) -> Timed:
+    synchronize(device)
+    start = perf_counter()
+    call()
+    synchronize(device)
+    taken_ms = (perf_counter() - start) * 1e3
+    return lambda: taken_ms, None
 
 
-def _by_events(clock: Callable[[], float]) -> Callable[[Call], Timed]:
-    flush = make_flush()
-
-    def timed(call: Call) -> Timed:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush()
-        torch.cuda._sleep(WAIT_CYCLES)
-        start.record()
-        issued = clock()
-        call()
-        issued = clock() - issued
-        end.record()
-        return lambda: start.elapsed_time(end), issued * 1e6
-
-    return timed
+def _by_events(flush: Call, call: Call) -> Timed:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush()
+    torch.cuda._sleep(WAIT_CYCLES)
+    start.record()
+    issued = perf_counter()
+    call()
+    issued = perf_counter() - issued
+    end.record()
+    return lambda: start.elapsed_time(end), issued * 1e6
 
 
 def make_flush() -> Call:
@@ -153,15 +140,13 @@ def _repetitions(round_ms: float, effort: Effort) -> int:
     return int(max(min(3, effort.least), min(wanted, effort.at_most_seconds / round_seconds)))
 
 
-@contextlib.contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
+def own_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Work on one stream that is not the default one, on a GPU: what a graph captures must have begun on its stream.
 
     Autograd keeps the stream a leaf was first used on while a graph of it lives, and a capture that is drawn to
     the default stream is invalid.
     """
-    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
-        yield
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _end_failed_capture(index: int, pool: Any) -> None:

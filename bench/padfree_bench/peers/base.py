@@ -78,16 +78,17 @@ def padded(
     )
 
 
-def packed(inputs: Inputs, training: bool, run: Run, ran: str) -> Prepared:
-    """A peer that takes and returns [T, H, D], packed before the clock starts."""
-    return padded(inputs, training, run, ran, inputs.pack, inputs.unpack)
+def packed(inputs: Inputs, training: bool, run: Callable[..., Tensor], ran: str) -> Prepared:
+    """A peer that takes and returns [T, H, D], packed before the clock starts.
+
+    run(query, key, value, cu_seqlens, max_seqlen), the last two for queries and keys alike.
+    """
+    where = (inputs.cu_seqlens(), inputs.case.seq)
+    return padded(inputs, training, lambda *qkv: run(*qkv, *where), ran, inputs.pack, inputs.unpack)
 
 
 def packing(inputs: Inputs, training: bool, run: Callable[..., Tensor], ran: str) -> Prepared:
-    """A packed peer that starts and ends padded: offsets, gather and scatter are inside the clock.
-
-    run(query, key, value, cu_seqlens, max_seqlen) on [T, H, D].
-    """
+    """A packed peer, of the same `run`, that starts and ends padded: offsets, gather and scatter are inside the clock."""
 
     def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keep = ~inputs.padding

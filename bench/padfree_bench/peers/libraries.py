@@ -1,6 +1,7 @@
 """Other libraries' attention: FlashAttention-4 and -2, xformers, and Liger's softmax."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ def flash_attn_4(inputs: Inputs, training: bool) -> Prepared:
 
 def flash_attn_2(inputs: Inputs, training: bool) -> Prepared:
     """Packed before the clock starts."""
-    library = needs_cuda(inputs, "flash-attn", "flash_attn.flash_attn_interface")
-    attend, cu, longest = library.flash_attn_varlen_func, inputs.cu_seqlens(), inputs.case.seq
-    ran = "flash_attn_varlen_func"
-    return packed(inputs, training, lambda q, k, v: attend(q, k, v, cu, cu, longest, longest), ran)
+    attend = needs_cuda(inputs, "flash-attn", "flash_attn.flash_attn_interface").flash_attn_varlen_func
+
+    def run(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int) -> Tensor:
+        return cast(Tensor, attend(query, key, value, cu, cu, longest, longest))
+
+    return packed(inputs, training, run, "flash_attn_varlen_func")
 
 
 def xformers(inputs: Inputs, training: bool) -> Prepared:
@@ -37,7 +40,7 @@ def xformers(inputs: Inputs, training: bool) -> Prepared:
     lengths = inputs.case.sequence_lengths().tolist()
     bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths)
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def run(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
         return ops.memory_efficient_attention(query[None], key[None], value[None], attn_bias=bias)[0]
 
     return packed(inputs, training, run, "memory_efficient_attention, BlockDiagonalMask")

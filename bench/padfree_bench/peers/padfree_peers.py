@@ -1,6 +1,7 @@
 """padfree itself: the padded entry point, with padded rows left out, packed, and on one QKV buffer."""
 
 import functools
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,47 +21,36 @@ def check_kernel(query: Tensor) -> None:
         raise Refused(reason)
 
 
-def prepare(inputs: Inputs, training: bool, skip: bool, with_mask: bool = True) -> Prepared:
+def prepare(inputs: Inputs, training: bool, skip: bool = False, with_mask: bool = True) -> Prepared:
     check_kernel(inputs.query)
     mask = inputs.padding if with_mask else None
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = padfree.attention(query, key, value, mask, skip_padded_queries=skip, impl="triton")
-        assert isinstance(out, Tensor)
-        return out
-
-    return padded(inputs, training, run, RAN)
+    attend = functools.partial(padfree.attention, skip_padded_queries=skip, impl="triton")
+    return padded(inputs, training, lambda q, k, v: cast(Tensor, attend(q, k, v, mask)), RAN)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    out = padfree.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, longest, longest, impl="triton")
-    assert isinstance(out, Tensor)
-    return out
-
-
-def prepare_varlen(inputs: Inputs, training: bool) -> Prepared:
+def prepare_varlen(inputs: Inputs, training: bool, pack: bool = False) -> Prepared:
     check_kernel(inputs.query)
-    cu_seqlens = inputs.cu_seqlens()
-    return packed(inputs, training, lambda q, k, v: _varlen(q, k, v, cu_seqlens, inputs.case.seq), RAN)
 
+    def run(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int) -> Tensor:
+        out = padfree.attention_varlen(query, key, value, cu, cu, longest, longest, impl="triton")
+        return cast(Tensor, out)
 
-def prepare_packing(inputs: Inputs, training: bool) -> Prepared:
-    check_kernel(inputs.query)
-    return packing(inputs, training, _varlen, f"nonzero, gather, {RAN}, scatter")
+    if pack:
+        return packing(inputs, training, run, f"nonzero, gather, {RAN}, scatter")
+    return packed(inputs, training, run, RAN)
 
 
 def prepare_qkvpacked(inputs: Inputs, training: bool) -> Prepared:
     check_kernel(inputs.query)
     buffer = torch.stack([swap(x) for x in (inputs.query, inputs.key, inputs.value)], dim=2)
     leaves = leaves_of(buffer, training=training)
-
-    def forward() -> Tensor:
-        out = padfree.attention_qkvpacked(leaves[0], inputs.padding, skip_padded_queries=True, impl="triton")
-        assert isinstance(out, Tensor)
-        return out
+    attend = functools.partial(padfree.attention_qkvpacked, skip_padded_queries=True, impl="triton")
 
     def grads(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return parts[0].permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward() -> Tensor:
+        return cast(Tensor, attend(leaves[0], inputs.padding))
 
     return Prepared(forward, leaves, swap(inputs.d_out), RAN, swap, grads)
 
@@ -68,10 +58,14 @@ def prepare_qkvpacked(inputs: Inputs, training: bool) -> Prepared:
 SKIP = "skip_padded_queries=True"
 UPPER = "no mask: wrong answer where there is padding, shows what the mask costs"
 PEERS = [
-    Peer("padfree", functools.partial(prepare, skip=False), "padded in and out, every row"),
+    Peer("padfree", prepare, "padded in and out, every row"),
     Peer("padfree-skip", functools.partial(prepare, skip=True), f"padded in and out, {SKIP}"),
     Peer("padfree-varlen", prepare_varlen, "ready-packed input and output"),
-    Peer("padfree-varlen+pack", prepare_packing, "offsets, packing and unpacking inside the time"),
+    Peer(
+        "padfree-varlen+pack",
+        functools.partial(prepare_varlen, pack=True),
+        "offsets, packing and unpacking inside the time",
+    ),
     Peer("padfree-qkv", prepare_qkvpacked, f"one [B,S,3,H,D] buffer, {SKIP}"),
-    Peer("padfree-nomask", functools.partial(prepare, skip=False, with_mask=False), UPPER, upper_bound=True),
+    Peer("padfree-nomask", functools.partial(prepare, with_mask=False), UPPER, upper_bound=True),
 ]

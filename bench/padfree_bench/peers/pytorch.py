@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,25 +87,16 @@ def sdpa(
     return padded(inputs, training, restricted, f"SDPBackend.{backend.name}")
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def varlen(inputs: Inputs, training: bool, pack: bool = False) -> Prepared:
+    """FlashAttention-2, packed before the clock starts or inside it."""
+    attend = needs_cuda(inputs, "varlen_attn", "torch.nn.attention.varlen").varlen_attn
 
-    out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest)
-    assert isinstance(out, Tensor)
-    return out
+    def run(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int) -> Tensor:
+        return cast(Tensor, attend(query, key, value, cu, cu, longest, longest))
 
-
-def varlen(inputs: Inputs, training: bool) -> Prepared:
-    """FlashAttention-2, packed before the clock starts."""
-    needs_cuda(inputs, "varlen_attn", "torch.nn.attention.varlen")
-    cu_seqlens, longest = inputs.cu_seqlens(), inputs.case.seq
-    return packed(inputs, training, lambda q, k, v: _varlen(q, k, v, cu_seqlens, longest), "varlen_attn")
-
-
-def varlen_packing(inputs: Inputs, training: bool) -> Prepared:
-    """The same, packed inside the clock."""
-    needs_cuda(inputs, "varlen_attn", "torch.nn.attention.varlen")
-    return packing(inputs, training, _varlen, "nonzero, gather, varlen_attn, scatter")
+    if pack:
+        return packing(inputs, training, run, "nonzero, gather, varlen_attn, scatter")
+    return packed(inputs, training, run, "varlen_attn")
 
 
 def nested(inputs: Inputs, training: bool) -> Prepared:
@@ -173,7 +164,11 @@ PEERS = [
     _sdpa("sdpa-flash-nomask", UPPER, SDPBackend.FLASH_ATTENTION, with_mask=False),
     _sdpa("sdpa-cudnn-nomask", UPPER, SDPBackend.CUDNN_ATTENTION, with_mask=False),
     Peer("varlen_attn", varlen, "ready-packed input and output"),
-    Peer("varlen_attn+pack", varlen_packing, "offsets, packing and unpacking inside the time"),
+    Peer(
+        "varlen_attn+pack",
+        functools.partial(varlen, pack=True),
+        "offsets, packing and unpacking inside the time",
+    ),
     Peer("nested", nested, "jagged NestedTensor ready, lengths known to the host"),
     _flex("flex", "block mask ready", count_mask=False),
     _flex("flex+mask", "block mask built in the call", count_mask=True),
