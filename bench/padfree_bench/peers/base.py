@@ -73,9 +73,11 @@ def padded(
 ) -> Prepared:
     """A peer that takes and returns [B, H, S, D], or what `there` makes of it before the clock starts and `back` undoes."""
     leaves = leaves_of(*map(there, (inputs.query, inputs.key, inputs.value)), training=training)
-    return Prepared(
-        lambda: run(*leaves), leaves, there(inputs.d_out), ran, back, lambda grads: tuple(map(back, grads))
-    )
+
+    def grads(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(map(back, parts))
+
+    return Prepared(lambda: run(*leaves), leaves, there(inputs.d_out), ran, back, grads)
 
 
 def packed(inputs: Inputs, training: bool, run: Callable[..., Tensor], ran: str) -> Prepared:

@@ -1,7 +1,6 @@
 """cuDNN's graph API with real lengths (nvidia-cudnn-frontend): its padding mask, without a mask tensor."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from padfree_bench.peers.base import Peer, Prepared, needs_cuda, padded
 class _Graph:
     """One graph of one case, built once: what its tensors are called, those that it takes before those that it gives."""
 
-    def __init__(
-        self, cudnn: Any, handle: Any, tensors: tuple[Tensor, ...], attend: Callable[..., Any]
-    ) -> None:
-        """attend(graph, names of the tensors) gives the results, laid out as the first tensor but for statistics."""
+    def __init__(self, cudnn: Any, handle: Any, tensors: tuple[Tensor, ...], attend: Any) -> None:
+        """attend(graph, *names of the tensors) adds the attention to the graph and gives the names of its results."""
         self.cudnn, self.handle = cudnn, handle
         half = cudnn.data_type.HALF if tensors[0].dtype == torch.float16 else cudnn.data_type.BFLOAT16
         single = cudnn.data_type.FLOAT

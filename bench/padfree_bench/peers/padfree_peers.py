@@ -1,6 +1,6 @@
 """padfree itself: the padded entry point, with padded rows left out, packed, and on one QKV buffer."""
 
-import functools
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,11 +24,11 @@ def check_kernel(query: Tensor) -> None:
 def prepare(inputs: Inputs, training: bool, skip: bool = False, with_mask: bool = True) -> Prepared:
     check_kernel(inputs.query)
     mask = inputs.padding if with_mask else None
-    attend = functools.partial(padfree.attention, skip_padded_queries=skip, impl="triton")
+    attend = partial(padfree.attention, skip_padded_queries=skip, impl="triton")
     return padded(inputs, training, lambda q, k, v: cast(Tensor, attend(q, k, v, mask)), RAN)
 
 
-def prepare_varlen(inputs: Inputs, training: bool, pack: bool = False) -> Prepared:
+def varlen(inputs: Inputs, training: bool, pack: bool = False) -> Prepared:
     check_kernel(inputs.query)
 
     def run(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int) -> Tensor:
@@ -40,11 +40,11 @@ def prepare_varlen(inputs: Inputs, training: bool, pack: bool = False) -> Prepar
     return packed(inputs, training, run, RAN)
 
 
-def prepare_qkvpacked(inputs: Inputs, training: bool) -> Prepared:
+def qkvpacked(inputs: Inputs, training: bool) -> Prepared:
     check_kernel(inputs.query)
     buffer = torch.stack([swap(x) for x in (inputs.query, inputs.key, inputs.value)], dim=2)
     leaves = leaves_of(buffer, training=training)
-    attend = functools.partial(padfree.attention_qkvpacked, skip_padded_queries=True, impl="triton")
+    attend = partial(padfree.attention_qkvpacked, skip_padded_queries=True, impl="triton")
 
     def grads(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return parts[0].permute(2, 0, 3, 1, 4).unbind(0)
@@ -59,13 +59,9 @@ SKIP = "skip_padded_queries=True"
 UPPER = "no mask: wrong answer where there is padding, shows what the mask costs"
 PEERS = [
     Peer("padfree", prepare, "padded in and out, every row"),
-    Peer("padfree-skip", functools.partial(prepare, skip=True), f"padded in and out, {SKIP}"),
-    Peer("padfree-varlen", prepare_varlen, "ready-packed input and output"),
-    Peer(
-        "padfree-varlen+pack",
-        functools.partial(prepare_varlen, pack=True),
-        "offsets, packing and unpacking inside the time",
-    ),
-    Peer("padfree-qkv", prepare_qkvpacked, f"one [B,S,3,H,D] buffer, {SKIP}"),
-    Peer("padfree-nomask", functools.partial(prepare, with_mask=False), UPPER, upper_bound=True),
+    Peer("padfree-skip", partial(prepare, skip=True), f"padded in and out, {SKIP}"),
+    Peer("padfree-varlen", varlen, "ready-packed input and output"),
+    Peer("padfree-varlen+pack", partial(varlen, pack=True), "offsets, packing and unpacking inside the time"),
+    Peer("padfree-qkv", qkvpacked, f"one [B,S,3,H,D] buffer, {SKIP}"),
+    Peer("padfree-nomask", partial(prepare, with_mask=False), UPPER, upper_bound=True),
 ]

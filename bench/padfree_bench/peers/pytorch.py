@@ -1,9 +1,9 @@
 """What PyTorch itself offers: the plain formula, nn.MultiheadAttention, SDPA, varlen_attn, nested tensors, FlexAttention."""
 
-import functools
 import logging
 import math
 import warnings
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from padfree_bench.peers.base import Peer, Prepared, Refused, compiled, needs_cu
 warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors", category=UserWarning)
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 # One compiled function a process, compiled anew for every shape.
-compiled_once = functools.cache(compiled)
+compiled_once = cache(compiled)
 GPU_ONLY = {SDPBackend.EFFICIENT_ATTENTION: "efficient", SDPBackend.CUDNN_ATTENTION: "cudnn"}
 
 
@@ -144,12 +144,12 @@ def flex(inputs: Inputs, training: bool, count_mask: bool) -> Prepared:
 
 
 def _sdpa(name: str, note: str, backend: SDPBackend | None = None, with_mask: bool = True) -> Peer:
-    prepare = functools.partial(sdpa, backend=backend, with_mask=with_mask)
+    prepare = partial(sdpa, backend=backend, with_mask=with_mask)
     return Peer(name, prepare, note, upper_bound=not with_mask)
 
 
 def _flex(name: str, note: str, count_mask: bool) -> Peer:
-    return Peer(name, functools.partial(flex, count_mask=count_mask), note, slow_to_compile=True)
+    return Peer(name, partial(flex, count_mask=count_mask), note, slow_to_compile=True)
 
 
 MASK = "boolean mask [B,1,1,S]"
@@ -164,11 +164,7 @@ PEERS = [
     _sdpa("sdpa-flash-nomask", UPPER, SDPBackend.FLASH_ATTENTION, with_mask=False),
     _sdpa("sdpa-cudnn-nomask", UPPER, SDPBackend.CUDNN_ATTENTION, with_mask=False),
     Peer("varlen_attn", varlen, "ready-packed input and output"),
-    Peer(
-        "varlen_attn+pack",
-        functools.partial(varlen, pack=True),
-        "offsets, packing and unpacking inside the time",
-    ),
+    Peer("varlen_attn+pack", partial(varlen, pack=True), "offsets, packing and unpacking inside the time"),
     Peer("nested", nested, "jagged NestedTensor ready, lengths known to the host"),
     _flex("flex", "block mask ready", count_mask=False),
     _flex("flex+mask", "block mask built in the call", count_mask=True),
