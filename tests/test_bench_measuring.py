@@ -4,6 +4,7 @@ import functools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,12 @@ from padfree_bench.measuring.check import compute_truth
 from padfree_bench.measuring.inputs import make_inputs
 from padfree_bench.measuring.lengths import imdb_histogram, imdb_lengths, make_lengths
 from padfree_bench.measuring.profiling import peak_bytes
-from padfree_bench.measuring.results import FAULT, NOT_RUN, OK, UPPER_BOUND, Row, load
+from padfree_bench.measuring.results import FAULT, NOT_RUN, OK, UPPER_BOUND, Result, Row, load
 from padfree_bench.measuring.timing import Effort, Sample, measure
 from padfree_bench.peers import PEERS, Peer, choose_peers
 from padfree_bench.peers.base import Prepared, Refused, padded
-from padfree_bench.suites import attention
-from padfree_bench.suites.attention import run_case
-from padfree_bench.suites.contenders import admit
+from padfree_bench.suites import attention, contenders
+from padfree_bench.suites.attention import admit
 
 CPU = torch.device("cpu")
 SMALL = Case(3, 2, 8, 40, "fp32", "pad50")
@@ -33,8 +33,10 @@ FAST = Effort(seconds=0.02, least=5, most=5, warmup=1)
 CEILINGS = Ceilings(1e10, {"fp32": 1e11}, 1e9)
 
 
-def rows_of(*arguments: Any, **options: Any) -> list[Row]:
-    return [row for part in run_case(*arguments, **options) for row in part]
+def rows_of(case: Case, peers: list[Peer], directions: list[str], ceilings: Ceilings = CEILINGS) -> list[Row]:
+    result = Result("attention", {})
+    session: Any = SimpleNamespace(device=CPU, effort=FAST, ceilings=ceilings, seed=0, result=result)
+    return [row for part in attention.run_case(session, case, peers, directions) for row in part]
 
 
 class TestLengths:
@@ -165,11 +167,11 @@ class TestPeers:
     def test_every_cpu_peer_passes_the_check(self, name: str, training: bool) -> None:
         inputs = make_inputs(SMALL, CPU)
         contender = admit(PEERS[name], inputs, compute_truth(inputs), training)
-        assert contender.status == OK, contender.reason
+        assert contender.row.status == OK, contender.row.reason
 
     def test_a_peer_that_sees_one_padded_key_is_refused_before_the_clock(self) -> None:
         peers = [Peer("wrong", wrong_peer, ""), PEERS["sdpa"]]
-        rows = {row.peer: row for row in rows_of(SMALL, peers, ["forward"], CPU, FAST, CEILINGS)}
+        rows = {row.peer: row for row in rows_of(SMALL, peers, ["forward"])}
         assert rows["wrong"].status == NOT_RUN and rows["wrong"].ms_p50 is None
         assert rows["wrong"].reason.startswith("wrong answer, not timed: relative error out")
         assert rows["sdpa"].ms_p50 is not None
@@ -193,7 +195,7 @@ class TestPeers:
             contender = admit(
                 Peer("p", functools.partial(prepare, shift=shift), ""), inputs, truth, shift == 0
             )
-            assert (contender.status == OK) == (shift == 0), f"{shift}: {contender.reason}"
+            assert (contender.row.status == OK) == (shift == 0), f"{shift}: {contender.row.reason}"
 
     def test_a_peer_whose_gradient_alone_is_wrong_is_refused_in_training_only(self) -> None:
         def prepare(inputs, training: bool) -> Prepared:  # type: ignore[no-untyped-def]
@@ -202,8 +204,8 @@ class TestPeers:
 
         inputs = make_inputs(SMALL, CPU)
         truth = compute_truth(inputs)
-        assert admit(Peer("p", prepare, ""), inputs, truth, False).status == OK
-        assert "d_key" in admit(Peer("p", prepare, ""), inputs, truth, True).reason
+        assert admit(Peer("p", prepare, ""), inputs, truth, False).row.status == OK
+        assert "d_key" in admit(Peer("p", prepare, ""), inputs, truth, True).row.reason
 
     def test_nan_never_passes(self) -> None:
         def prepare(inputs, training: bool) -> Prepared:  # type: ignore[no-untyped-def]
@@ -217,14 +219,16 @@ class TestPeers:
     ) -> None:
         for case, status in ((SMALL, UPPER_BOUND), (replace(SMALL, lengths="full"), OK)):
             inputs = make_inputs(case, CPU)
-            assert admit(PEERS["sdpa-flash-nomask"], inputs, compute_truth(inputs), False).status == status
+            assert (
+                admit(PEERS["sdpa-flash-nomask"], inputs, compute_truth(inputs), False).row.status == status
+            )
 
     def test_on_a_cpu_padfree_rows_say_why_and_hold_no_figure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # Under the interpreter the kernel could run, and its time would mean nothing.
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         peers = [peer for peer in PEERS.values() if peer.name.startswith("padfree")]
         assert len(peers) == 6
-        for row in rows_of(SMALL, peers, ["forward", "both"], CPU, FAST, CEILINGS):
+        for row in rows_of(SMALL, peers, ["forward", "both"]):
             assert row.status == NOT_RUN and "no GPU" in row.reason
             assert row.ms_p50 is None and row.tflops is None and row.peak_mib is None
 
@@ -236,7 +240,7 @@ class TestPeers:
         def prepare(inputs, training: bool) -> Prepared:  # type: ignore[no-untyped-def]
             raise Refused("needs a newer GPU")
 
-        (row,) = rows_of(SMALL, [Peer("p", prepare, "")], ["forward"], CPU, FAST, CEILINGS)
+        (row,) = rows_of(SMALL, [Peer("p", prepare, "")], ["forward"])
         assert (row.status, row.reason) == (NOT_RUN, "needs a newer GPU")
 
 
@@ -307,7 +311,7 @@ class TestMeasures:
         monkeypatch.setattr(attention, "measure_ceilings", lambda *_: Ceilings(1.0, {"fp32": 1.0}, 1.0))
         slow, inputs = Ceilings(1.0, {"fp32": 1.0}, 1.0), make_inputs(SMALL, CPU)
         peers = [PEERS["sdpa"], PEERS["sdpa-flash-nomask"]]
-        rows = {row.peer: row for row in rows_of(SMALL, peers, ["forward"], CPU, FAST, slow)}
+        rows = {row.peer: row for row in rows_of(SMALL, peers, ["forward"], slow)}
         assert rows["sdpa"].status == FAULT and "faster than its floor of " in rows["sdpa"].reason
         # It computes something else, for which this is no floor.
         assert rows["sdpa-flash-nomask"].status == UPPER_BOUND
@@ -327,7 +331,7 @@ class TestMeasures:
 
         monkeypatch.setattr(attention, "measure_ceilings", measured)
         disturbed = Ceilings(1e15, {"fp32": 1.0}, 1.0)
-        (row,) = rows_of(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, disturbed)
+        (row,) = rows_of(SMALL, [PEERS["sdpa"]], ["forward"], disturbed)
         assert (row.status, row.reason, asked) == (OK, "", [{"fp32"}])
         assert disturbed == Ceilings(1e15, {"fp32": 1e15}, 1e15)
 
@@ -336,8 +340,8 @@ class TestMeasures:
     ) -> None:
         for host_us in (400.0, 600.0):
             sample = Sample(1e3, 1e3, 1e3, 5, host_us)
-            monkeypatch.setattr(attention, "measure", lambda *_, kept=sample, **__: {"sdpa": kept})
-            (row,) = rows_of(SMALL, [PEERS["sdpa"]], ["forward"], CPU, FAST, CEILINGS)
+            monkeypatch.setattr(contenders, "measure", lambda *_, kept=sample, **__: {"sdpa": kept})
+            (row,) = rows_of(SMALL, [PEERS["sdpa"]], ["forward"])
             assert (row.reason == attention.HOST_BOUND) == (host_us > 500)
 
     def test_peak_memory_counts_what_is_held_at_once(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from padfree_bench.measuring.results import OK, Result
 from padfree_bench.measuring.timing import Effort
 from padfree_bench.suites import encoder, hf, train
-from padfree_bench.suites.models import Batch, Built, ModelCase, ModelPeer, run_model_case
+from padfree_bench.suites.models import Batch, ModelCase, ModelPeer, run_model_case
 from padfree_bench.suites.session import Session
 
 SESSION = cast(
@@ -40,23 +40,23 @@ WRONG: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def with_mask(peer: ModelPeer, change: Callable[[torch.Tensor], torch.Tensor]) -> ModelPeer:
-    def build(case: ModelCase, batch: Batch, dtype: torch.dtype) -> Built:
-        batch = replace(batch)
-        built = peer.build(case, batch, dtype)
+def with_mask(peer: ModelPeer, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> ModelPeer:
+    def on_batch(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[], torch.Tensor], str]:
+        changed = replace(batch)
+        forward = peer.on_batch(model, changed, dtype)
         # Read by forward() at each call; what hf compares was chosen before.
-        batch.attention_mask = change(batch.attention_mask)
-        return built
+        changed.attention_mask = change(changed.attention_mask)
+        return forward
 
-    return ModelPeer("changed", build)
+    return replace(peer, name=name, on_batch=on_batch)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_wrong_mask_is_refused_in_bf16(name: str) -> None:
     module, case = CASES[name]
-    reference: Any = module.REFERENCE
-    peers = [replace(with_mask(reference, change), name=kind) for kind, change in WRONG.items()]
-    right = next(peer for peer in module.PEERS if peer.name == "sdpa")
+    known = {peer.name: peer for peer in module.PEERS}
+    reference, right = known["eager"], known["sdpa"]
+    peers = [with_mask(reference, kind, change) for kind, change in WRONG.items()]
     parts = run_model_case(SESSION, case, [*peers, right], reference, ["inference", "training"])
     rows = [row for part in parts for row in part]
     assert [(row.peer, row.direction) for row in rows if row.status == OK] == [
@@ -71,16 +71,16 @@ def test_a_wrong_mask_is_refused_in_bf16(name: str) -> None:
 def test_a_training_step_with_a_wrong_gradient_is_not_timed(
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make_model(preset: str, recipe: train.Recipe, device: torch.device) -> Any:
-        model = real(preset, recipe, device)
+    def make_model(case: ModelCase, recipe: train.Recipe, device: torch.device) -> Any:
+        model = real(case, recipe, device)
         if recipe.name == "sdpa":
             cast(Any, model).layers[0].mha.wv.weight.register_hook(lambda grad: 1.5 * grad)
         return model
 
     real = train.make_model
     monkeypatch.setattr(train, "make_model", make_model)
-    monkeypatch.setattr(train, "MAX_LENGTH", 40)
+    case = replace(train.SIZES["notebook"], dtype=dtype, batch=4, batches=2, seq=40)
     recipes = [recipe for recipe in train.RECIPES if recipe.name in ("sdpa", "sdpa+cls", "ours-sdpa")]
-    rows = train.run_case(SESSION, "notebook", dtype, 4, 2, recipes)
+    (rows,) = train.run_case(SESSION, case, recipes)
     assert [row.status == OK for row in rows] == [False, True, True]
     assert rows[0].reason.startswith("wrong answer, not timed")

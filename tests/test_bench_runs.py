@@ -227,7 +227,7 @@ class TestWaves:
             order.append(f"save {len(result.rows)}")
             return real(result, folder)
 
-        monkeypatch.setattr("padfree_bench.suites.session.save", recorded)
+        monkeypatch.setattr("padfree_bench.measuring.results.save", recorded)
         arguments = [*QUICK[:-1], "forward,both", "--peers", "slow,eager,sdpa", "--output", str(tmp_path)]
         assert cli.main(arguments) == 0
         return order, load(next(tmp_path.glob("*/attention.json")))
@@ -275,10 +275,10 @@ import os, signal, sys
 from padfree_bench.suites import attention
 from padfree_bench import cli
 real = attention.run_direction
-def run_direction(suite, direction, *rest):
+def run_direction(session, direction, *rest):
     if direction == "both":
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(suite, direction, *rest)
+    return real(session, direction, *rest)
 attention.run_direction = run_direction
 cli.main(["attention", "--quick", "--shapes", "B1-H1-D8-S16", "--peers", "sdpa", "--output", {str(tmp_path)!r}])
 """

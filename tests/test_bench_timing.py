@@ -17,7 +17,7 @@ from padfree_bench.measuring.clocks import Watch
 from padfree_bench.measuring.results import NOT_RUN, OK, Result, Row, cell, from_json, to_json
 from padfree_bench.measuring.timing import Effort, Sample, capture_graph, measure
 from padfree_bench.peers import PEERS
-from padfree_bench.suites import attention
+from padfree_bench.suites import contenders
 from padfree_bench.suites.attention import run_case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -153,14 +153,14 @@ class TestGraphs:
         rows = [Row("s", "c", "g", "forward", peer, OK) for peer in ("fits", "large", "none")]
         rows[2].status = NOT_RUN
         calls: dict[str, Any] = {"fits": list, "fits graph": fail, "large": fail}
-        attention.drop_failing(calls, rows)
+        contenders.drop_failing(calls, rows)
         assert list(calls) == ["fits"]
         assert (rows[0].status, rows[0].graph_reason) == (OK, "no CUDA graph: out of memory")
         assert (rows[1].status, rows[1].reason) == (NOT_RUN, "out of memory")
 
     def test_replays_keep_their_quantiles(self) -> None:
         row = Row("s", "c", "g", "forward", "p", OK, ms_p20=1.0, ms_p50=2.0, ms_p80=3.0)
-        attention.fill_times(row, {"p": Sample(1, 2, 3, 5, 40), "p graph": Sample(0.1, 0.2, 0.3, 5)})
+        contenders.fill_times(row, {"p": Sample(1, 2, 3, 5, 40), "p graph": Sample(0.1, 0.2, 0.3, 5)})
         assert (row.ms_p20, row.ms_p50, row.ms_p80, row.repetitions, row.host_us) == (1, 2, 3, 5, 40)
         assert cell(row, "graph_ms") == "0.2 [0.1, 0.3]"
         assert from_json(to_json(Result("s", {}, [row]))).rows == [row]
@@ -247,10 +247,10 @@ class TestClocks:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(0x4))
-        found: list[dict[str, Any]] = []
-        case = Case(2, 1, 8, 16, "fp32")
-        parts = run_case(case, [PEERS["sdpa"]], ["forward", "both"], CPU, EFFORT, CEILINGS, clocks=found)
-        rows = [row for part in parts for row in part]
+        result, case = Result("s", {}), Case(2, 1, 8, 16, "fp32")
+        session: Any = SimpleNamespace(device=CPU, effort=EFFORT, ceilings=CEILINGS, seed=0, result=result)
+        rows = [row for part in run_case(session, case, [PEERS["sdpa"]], ["forward", "both"]) for row in part]
+        found = result.clocks
         assert [(entry["case"], entry["direction"]) for entry in found] == [
             (case.id, "forward"),
             (case.id, "both"),

@@ -1,115 +1,82 @@
 """`python -m bench encoder`: the whole classifier, inference and a training pass, same weights everywhere."""
 
-import argparse
 import functools
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imdb_classifier.modeling import TextClassifier, TextClassifierConfig, TransformerLayer
+from imdb_classifier.modeling import TextClassifier, TextClassifierConfig
 from padfree_bench.measuring.cases import choose_dtypes
-from padfree_bench.measuring.machine import pick_device
 from padfree_bench.measuring.results import Result
-from padfree_bench.peers.base import compiled
-from padfree_bench.peers.padfree_peers import check_kernel
-from padfree_bench.suites.models import (
-    PAD,
-    Batch,
-    Built,
-    ModelCase,
-    ModelPeer,
-    choose_model_peers,
-    make_edge_loud,
-    run_model_case,
-)
-from padfree_bench.suites.session import Session
+from padfree_bench.suites.models import EDGE, PAD, Batch, ModelCase, ModelPeer, choose_models, run_models
 
 SIZES = {
-    "notebook": ModelCase("notebook", 32, 4, 32, 2, 64, 400, "fp32"),
-    "d128": ModelCase("d128", 128, 8, 256, 2, 64, 400, "fp32"),
-    "d768": ModelCase("d768", 768, 12, 3072, 2, 64, 400, "fp32"),
+    "notebook": ModelCase(64, 4, 8, 400, "fp32", "imdb", "notebook", ffn=32, layers=2),
+    "d128": ModelCase(64, 8, 16, 400, "fp32", "imdb", "d128", ffn=256, layers=2),
+    "d768": ModelCase(64, 12, 64, 400, "fp32", "imdb", "d768", ffn=3072, layers=2),
 }
+# The parts of nn.TransformerEncoderLayer, and which of ours holds the same weights.
+PARTS = {"self_attn.out_proj": "mha.dense", "linear1": "ffn.0", "linear2": "ffn.2"}
+PARTS |= {"norm1": "layernorm1", "norm2": "layernorm2"}
 
 
-def make_classifier(
-    case: ModelCase, attention: str, cls_only: bool, dtype: torch.dtype, device: torch.device
+def make_edge_loud(embedding: Tensor, loudness: float = 8.0) -> None:
+    """Scale embeddings [V, E] of variance 1 that the model multiplies by sqrt(E), so that a wrong mask shows in bf16.
+
+    Left alone they drive softmax to one key and the gradients' rounding to 70 %, in which any error would hide; then
+    the tokens on both sides of the mask's edge are raised, so that one key too many or too few changes every row.
+    """
+    with torch.no_grad():
+        embedding *= embedding.shape[1] ** -0.5
+        embedding[[PAD, EDGE]] *= loudness
+
+
+def draw(
+    case: ModelCase, attention: str, cls_only: bool = False, dropout_rate: float = 0.0
 ) -> TextClassifier:
-    """The classifier with the same random weights for every attention; no dropout, so that answers compare."""
+    """The classifier in fp32; no dropout unless it is asked for, so that answers compare."""
     config = TextClassifierConfig(
         d_model=case.width,
         n_heads=case.heads,
         dff=case.ffn,
         n_layers=case.layers,
         max_length=case.seq,
-        dropout_rate=0.0,
+        dropout_rate=dropout_rate,
         cls_only_last_layer=cls_only,
     )
     config._attn_implementation = attention
     torch.manual_seed(0)
-    # The fp64 truth and every other precision start from weights rounded to the same bf16 grid.
     model = TextClassifier(config)
     make_edge_loud(model.embedding.weight)
-    # transformers' wrapper hides nn.Module.to
-    nn.Module.to(nn.Module.to(model, torch.bfloat16), device=device, dtype=dtype)
     return model
 
 
-def check_padfree(device: torch.device, dtype: torch.dtype) -> None:
-    """Make "padfree" known to transformers, or refuse with the reason."""
-    check_kernel(torch.empty(0, dtype=dtype, device=device))
-    from padfree.integrations.transformers import register
-
-    register()
-
-
-def build(
-    case: ModelCase,
-    batch: Batch,
-    dtype: torch.dtype,
-    attention: str,
-    cls_only: bool,
-    compile_mode: str | None = None,
-) -> Built:
-    device = batch.input_ids.device
-    if attention == "padfree":
-        check_padfree(device, dtype)
-    model = make_classifier(case, attention, cls_only, dtype, device)
-    call = compiled(model, mode=compile_mode) if compile_mode else model
-
-    def forward() -> Tensor:
-        return call(batch.input_ids, batch.attention_mask).logits[:, 1]
-
-    ran = f"attn_implementation={attention}, {'last layer for row 0 only' if cls_only else 'every row'}"
-    return Built(model, forward, model.embedding.weight, ran, capture=compile_mode != "reduce-overhead")
+def on_batch(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[], Tensor], str]:
+    config = model.config
+    rows = "last layer for row 0 only" if config.cls_only_last_layer else "every row"
+    ran = f"attn_implementation={config._attn_implementation}, {rows}"
+    return lambda: model(batch.input_ids, batch.attention_mask).logits[:, 1], ran
 
 
 class TorchEncoder(nn.Module):
     """The classifier on nn.TransformerEncoder, with the weights of a TextClassifier."""
 
-    def __init__(self, source: TextClassifier, case: ModelCase) -> None:
+    def __init__(self, case: ModelCase, attention: str) -> None:
         super().__init__()
+        self.source = draw(case, attention)
         layer = nn.TransformerEncoderLayer(case.width, case.heads, case.ffn, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, case.layers)
-        self.source = source
-        for target, layer_from in zip(self.encoder.layers, source.layers, strict=True):
-            assert isinstance(layer_from, TransformerLayer)
-            mha = layer_from.mha
-            state = {
-                "self_attn.in_proj_weight": torch.cat([mha.wq.weight, mha.wk.weight, mha.wv.weight]),
-                "self_attn.in_proj_bias": torch.cat([mha.wq.bias, mha.wk.bias, mha.wv.bias]),
-                "self_attn.out_proj.weight": mha.dense.weight,
-                "self_attn.out_proj.bias": mha.dense.bias,
-            }
-            for name, part in (
-                ("linear1", layer_from.ffn[0]),
-                ("linear2", layer_from.ffn[2]),
-                ("norm1", layer_from.layernorm1),
-                ("norm2", layer_from.layernorm2),
-            ):
-                state |= {f"{name}.{key}": tensor for key, tensor in part.state_dict().items()}
+        for target, part in zip(self.encoder.layers, self.source.layers, strict=True):
+            found, state = part.state_dict(), dict[str, Tensor]()
+            for kind in ("weight", "bias"):
+                state |= {f"{theirs}.{kind}": found[f"{ours}.{kind}"] for theirs, ours in PARTS.items()}
+                qkv = [found[f"mha.{name}.{kind}"] for name in ("wq", "wk", "wv")]
+                state[f"self_attn.in_proj_{kind}"] = torch.cat(qkv)
             target.load_state_dict(state)
-        self.to(source.embedding.weight.device, source.embedding.weight.dtype)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         source = self.source
@@ -119,70 +86,34 @@ class TorchEncoder(nn.Module):
         return source.classification(x[:, 0])[:, 0] / 2
 
 
-def build_torch_encoder(case: ModelCase, batch: Batch, dtype: torch.dtype) -> Built:
-    source = make_classifier(case, "eager", False, dtype, batch.input_ids.device)
-    model = TorchEncoder(source, case)
-    return Built(model, lambda: model(batch.input_ids), source.embedding.weight, "nn.TransformerEncoder")
+def torch_on_batch(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[], Tensor], str]:
+    return lambda: model(batch.input_ids), "nn.TransformerEncoder"
 
 
-def _peer(name: str, attention: str, cls_only: bool, note: str, compile_mode: str | None = None) -> ModelPeer:
-    builder = functools.partial(build, attention=attention, cls_only=cls_only, compile_mode=compile_mode)
-    return ModelPeer(name, builder, note, slow_to_compile=compile_mode is not None)
-
-
-REFERENCE = _peer("eager", "eager", False, "the notebook's encoder")
+every_row = functools.partial(ModelPeer, draw=draw, on_batch=on_batch)
+row_0 = functools.partial(ModelPeer, draw=functools.partial(draw, cls_only=True), on_batch=on_batch)
+TORCH_NOTE = "its fast path in inference where torch takes it"
 PEERS = [
-    _peer("padfree", "padfree", True, "fused attention, last layer for row 0 only"),
-    _peer("padfree-all-rows", "padfree", False, "fused attention, every row of every layer"),
-    REFERENCE,
-    _peer("eager-cls", "eager", True, "last layer for row 0 only"),
-    _peer("sdpa", "sdpa", False, "every row of every layer"),
-    _peer("sdpa-cls", "sdpa", True, "last layer for row 0 only"),
-    ModelPeer(
-        "nn.TransformerEncoder", build_torch_encoder, "its fast path in inference where torch takes it"
+    row_0("padfree", "padfree", "fused attention, last layer for row 0 only"),
+    every_row("padfree-all-rows", "padfree", "fused attention, every row of every layer"),
+    every_row("eager", "eager", "the notebook's encoder"),
+    row_0("eager-cls", "eager", "last layer for row 0 only"),
+    every_row("sdpa", "sdpa", "every row of every layer"),
+    row_0("sdpa-cls", "sdpa", "last layer for row 0 only"),
+    ModelPeer("nn.TransformerEncoder", "eager", TORCH_NOTE, TorchEncoder, torch_on_batch),
+    every_row("compile-eager", "eager", "torch.compile", compile_mode="default"),
+    every_row("compile-sdpa", "sdpa", "torch.compile", compile_mode="default"),
+    every_row(
+        "compile-sdpa-graphs", "sdpa", "torch.compile, reduce-overhead", compile_mode="reduce-overhead"
     ),
-    _peer("compile-eager", "eager", False, "torch.compile", "default"),
-    _peer("compile-sdpa", "sdpa", False, "torch.compile", "default"),
-    _peer("compile-sdpa-graphs", "sdpa", False, "torch.compile, reduce-overhead", "reduce-overhead"),
 ]
 
 
-def choose_cases(options: argparse.Namespace, device: torch.device) -> list[ModelCase]:
-    """--shapes names sizes (notebook, d128, d768); ValueError for another name."""
-    names = options.shapes.split(",") if options.shapes else (["notebook"] if options.quick else list(SIZES))
-    for name in names:
-        if name not in SIZES:
-            raise ValueError(f"shape must be one of {', '.join(SIZES)}, got {name!r}")
-    default = "bf16,fp32" if device.type == "cuda" else "fp32"
-    batch = 64 if device.type == "cuda" else (8 if options.quick else 16)
-    return [
-        replace(SIZES[name], dtype=dtype, batch=batch)
-        for dtype in choose_dtypes(options.dtypes, default)
-        for name in names
-    ]
-
-
-def choose_modes(directions: str | None) -> list[str]:
-    """inference for forward, training for both; the backward alone is not timed."""
-    from padfree_bench.suites.attention import choose_directions
-
-    if directions and "backward" in directions.split(","):
-        raise ValueError(
-            "direction must be forward (inference) or both (training) of a model, got 'backward'"
-        )
-    chosen = choose_directions(directions)
-    return [mode for mode, wanted in (("inference", "forward"), ("training", "both")) if wanted in chosen]
-
-
-def run(options: argparse.Namespace, command: list[str]) -> Result:
-    """The encoder suite."""
-    device = pick_device()
-    cases = choose_cases(options, device)
-    peers = choose_model_peers(PEERS, options.peers, device)
-    modes = choose_modes(options.directions)
-    session = Session("encoder", options, command, {case.dtype for case in cases})
-    todo = (
-        (case.id, lambda case=case: run_model_case(session, case, peers, REFERENCE, modes))  # type: ignore[misc]
-        for case in cases
-    )
-    return session.run(todo, len(modes))
+def run(options: Namespace, command: list[str]) -> Result:
+    """The encoder suite: --shapes names sizes (notebook, d128, d768)."""
+    gpu = torch.cuda.is_available()
+    names = options.shapes or ("notebook" if options.quick else None)
+    batch = 64 if gpu else 8 if options.quick else 16
+    dtypes = choose_dtypes(options.dtypes, "bf16,fp32" if gpu else "fp32")
+    cases = [replace(case, batch=batch) for case in choose_models(SIZES, names, dtypes)]
+    return run_models("encoder", options, command, cases, PEERS)

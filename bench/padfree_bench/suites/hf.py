@@ -1,46 +1,28 @@
 """`python -m bench hf`: a transformers BERT, random weights, with each attention it knows."""
 
-import argparse
 import functools
-from dataclasses import replace
+from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from padfree_bench.measuring.cases import choose_dtypes
-from padfree_bench.measuring.machine import pick_device
 from padfree_bench.measuring.results import Result
-from padfree_bench.peers import base
-from padfree_bench.peers.base import Refused, needs
-from padfree_bench.suites.encoder import check_padfree, choose_modes
-from padfree_bench.suites.models import (
-    EDGE,
-    PAD,
-    Batch,
-    Built,
-    ModelCase,
-    ModelPeer,
-    choose_model_peers,
-    run_model_case,
-)
-from padfree_bench.suites.session import Session
+from padfree_bench.peers import Refused
+from padfree_bench.suites.models import EDGE, PAD, Batch, ModelCase, ModelPeer, choose_models, run_models
 
 SIZES = {
-    "bert-tiny": ModelCase("bert-tiny", 128, 2, 512, 2, 8, 256, "fp32"),
-    "bert-small": ModelCase("bert-small", 512, 8, 2048, 4, 8, 400, "fp32"),
-    "bert-base": ModelCase("bert-base", 768, 12, 3072, 12, 64, 400, "bf16"),
+    "bert-tiny": ModelCase(8, 2, 64, 256, "fp32", "imdb", "bert-tiny", ffn=512, layers=2),
+    "bert-small": ModelCase(8, 8, 64, 400, "fp32", "imdb", "bert-small", ffn=2048, layers=4),
+    "bert-base": ModelCase(64, 12, 64, 400, "bf16", "imdb", "bert-base", ffn=3072, layers=12),
 }
 
 
-def build(case: ModelCase, batch: Batch, dtype: torch.dtype, attention: str, compiled: bool = False) -> Built:
+def draw(case: ModelCase, attention: str) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    device = batch.input_ids.device
-    if attention == "padfree":
-        check_padfree(device, dtype)
-    if attention == "flash_attention_2":
-        needs("flash_attn")
     config = BertConfig(
         hidden_size=case.width,
         num_attention_heads=case.heads,
@@ -56,19 +38,7 @@ def build(case: ModelCase, batch: Batch, dtype: torch.dtype, attention: str, com
     torch.manual_seed(0)
     model = BertModel._from_config(config, attn_implementation=attention, add_pooling_layer=False)
     make_edge_loud(model.embeddings)
-    # The fp64 truth and every other precision start from weights rounded to the same bf16 grid.
-    model = model.to(torch.bfloat16).to(device=device, dtype=dtype)
-    call = base.compiled(model) if compiled else model
-    keep = batch.attention_mask[..., None].to(dtype)
-
-    def forward() -> Tensor:
-        # Rows at padding differ between implementations, and nobody reads them.
-        return call(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state * keep
-
-    built = Built(model, forward, model.embeddings.word_embeddings.weight, f"attn_implementation={attention}")
-    if attention == "padfree":
-        _count_fused(built)
-    return built
+    return model
 
 
 def make_edge_loud(embeddings: Any, gain: float = 4.0) -> None:
@@ -83,55 +53,43 @@ def make_edge_loud(embeddings: Any, gain: float = 4.0) -> None:
         embeddings.LayerNorm.weight[0] = gain
 
 
-def _count_fused(built: Built) -> None:
-    """Refuse when the model did not really run the kernel in every layer."""
+def on_batch(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[], Tensor], str]:
+    keep = batch.attention_mask[..., None].to(dtype)
+
+    def forward() -> Tensor:
+        # Rows at padding differ between implementations, and nobody reads them.
+        return model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state * keep
+
+    attention = model.config._attn_implementation
+    return forward, count_fused(forward) if attention == "padfree" else f"attn_implementation={attention}"
+
+
+def count_fused(forward: Callable[[], Tensor]) -> str:
+    """What ran; refuses when the model did not really run the kernel in every layer."""
     from padfree.integrations.transformers import counts, reset_counts
 
     reset_counts()
     with torch.no_grad():
-        built.forward()
+        forward()
     seen = counts()
     if seen.fallback or not seen.fused:
         raise Refused(f"padfree fell back in {seen.fallback} layers: {dict(seen.fallbacks)}")
-    built.ran = f"padfree's Triton kernel in {seen.fused} layers"
+    return f"padfree's Triton kernel in {seen.fused} layers"
 
 
-def _peer(name: str, attention: str, note: str = "", compiled: bool = False) -> ModelPeer:
-    builder = functools.partial(build, attention=attention, compiled=compiled)
-    return ModelPeer(name, builder, note, slow_to_compile=compiled)
-
-
-REFERENCE = _peer("eager", "eager", "transformers' own")
+bert = functools.partial(ModelPeer, draw=draw, on_batch=on_batch)
 PEERS = [
-    _peer("padfree", "padfree", "registered attention and mask function"),
-    REFERENCE,
-    _peer("sdpa", "sdpa", "transformers' default: a [B,1,S,S] boolean mask"),
-    _peer("flash_attention_2", "flash_attention_2", "unpads in every layer"),
-    _peer("compile-sdpa", "sdpa", "torch.compile", compiled=True),
+    bert("padfree", "padfree", "registered attention and mask function"),
+    bert("eager", "eager", "transformers' own"),
+    bert("sdpa", "sdpa", "transformers' default: a [B,1,S,S] boolean mask"),
+    bert("flash_attention_2", "flash_attention_2", "unpads in every layer"),
+    bert("compile-sdpa", "sdpa", "torch.compile", compile_mode="default"),
 ]
 
 
-def run(options: argparse.Namespace, command: list[str]) -> Result:
+def run(options: Namespace, command: list[str]) -> Result:
     """The hf suite: BERT-base on a GPU, smaller ones on a CPU."""
-    device = pick_device()
-    default = (
-        "bert-base"
-        if device.type == "cuda" and not options.quick
-        else "bert-tiny"
-        if options.quick
-        else "bert-small"
-    )
-    names = (options.shapes or default).split(",")
-    for name in names:
-        if name not in SIZES:
-            raise ValueError(f"shape must be one of {', '.join(SIZES)}, got {name!r}")
-    dtypes = choose_dtypes(options.dtypes, "bf16" if device.type == "cuda" else "fp32")
-    cases = [replace(SIZES[name], dtype=dtype) for dtype in dtypes for name in names]
-    peers = choose_model_peers(PEERS, options.peers, device)
-    modes = choose_modes(options.directions)
-    session = Session("hf", options, command, set(dtypes))
-    todo = (
-        (case.id, lambda case=case: run_model_case(session, case, peers, REFERENCE, modes))  # type: ignore[misc]
-        for case in cases
-    )
-    return session.run(todo, len(modes))
+    gpu = torch.cuda.is_available()
+    names = options.shapes or ("bert-tiny" if options.quick else "bert-base" if gpu else "bert-small")
+    cases = choose_models(SIZES, names, choose_dtypes(options.dtypes, "bf16" if gpu else "fp32"))
+    return run_models("hf", options, command, cases, PEERS)

@@ -1,24 +1,23 @@
-"""Whole models side by side: the parts that the encoder and the hf suite share."""
+"""Whole models side by side: what the suites encoder, hf and train share."""
 
 import functools
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from padfree_bench.measuring import profiling
-from padfree_bench.measuring.cases import DTYPES
+from padfree_bench.measuring.cases import DIRECTIONS, DTYPES, Case, pick
 from padfree_bench.measuring.check import limit_of
-from padfree_bench.measuring.clocks import Watch
-from padfree_bench.measuring.errors import first_line
-from padfree_bench.measuring.lengths import make_lengths
-from padfree_bench.measuring.results import NOT_RUN, OK, Row
-from padfree_bench.measuring.timing import Call, measure
-from padfree_bench.peers.base import Refused
-from padfree_bench.suites.attention import add_graph, fill_times
-from padfree_bench.suites.contenders import release
+from padfree_bench.measuring.machine import pick_device
+from padfree_bench.measuring.results import OK, Result, Row
+from padfree_bench.measuring.timing import Call
+from padfree_bench.peers import padfree_peers
+from padfree_bench.peers.base import compiled, needs
+from padfree_bench.suites.contenders import Contest, fill_profile, refuse, start_row
 from padfree_bench.suites.session import Session
 
 # Never more than this: a model adds up the rounding of its layers, and an answer of zeros errs by 1.
@@ -29,22 +28,21 @@ EDGE, PAD = 999, 0
 
 
 @dataclass(frozen=True)
-class ModelCase:
-    """One model size on one padded batch of token ids."""
+class ModelCase(Case):
+    """One model size, named by its group, on one padded batch of token ids, or on an epoch of some `batches`."""
 
-    name: str
-    width: int
-    heads: int
-    ffn: int
-    layers: int
-    batch: int
-    seq: int
-    dtype: str
-    lengths: str = "imdb"
+    ffn: int = 0
+    layers: int = 0
+    batches: int = 0
 
     @property
     def id(self) -> str:
-        return f"{self.name}-B{self.batch}-S{self.seq}-{self.lengths}-{self.dtype}"
+        inputs = f"{self.batches}-batches" if self.batches else self.lengths
+        return f"{self.group}-B{self.batch}-S{self.seq}-{inputs}-{self.dtype}"
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
 
 
 @dataclass
@@ -68,38 +66,50 @@ def make_batch(lengths: Sequence[int], seq: int, device: torch.device, seed: int
     return Batch(ids.to(device), keep.long().to(device), labels.to(device), int(rows.sum()))
 
 
-def make_edge_loud(embedding: Tensor, loudness: float = 8.0) -> None:
-    """Scale embeddings [V, E] of variance 1 that the model multiplies by sqrt(E), so that a wrong mask shows in bf16.
+def check_padfree(device: torch.device, dtype: torch.dtype) -> None:
+    """Make "padfree" known to transformers, or refuse with the reason."""
+    padfree_peers.check_kernel(torch.empty(0, dtype=dtype, device=device))
+    from padfree.integrations.transformers import register
 
-    Left alone they drive softmax to one key and the gradients' rounding to 70 %, in which any error would hide; then
-    the tokens on both sides of the mask's edge are raised, so that one key too many or too few changes every row.
-    """
-    with torch.no_grad():
-        embedding *= embedding.shape[1] ** -0.5
-        embedding[[PAD, EDGE]] *= loudness
+    register()
 
 
 @dataclass
 class Built:
-    """A model on one batch: forward() -> what is compared and trained on; `probe` is a parameter all peers share."""
+    """A model on one batch: forward() -> what is compared and trained on; `ran` as in a row."""
 
-    module: torch.nn.Module
+    module: nn.Module
     forward: Callable[[], Tensor]
-    probe: Tensor
-    ran: str = ""
-    # False where the call is a CUDA graph already.
-    capture: bool = True
+    ran: str
 
 
 @dataclass(frozen=True)
 class ModelPeer:
-    """build(case, batch, dtype) -> Built, or Refused with the reason."""
+    """One way to run a model.
+
+    `draw(case, attention)` makes it in fp32 with the same random weights for every attention, its first parameter the
+    token embedding; `on_batch(model, batch, dtype)` gives forward() and what ran.
+    """
 
     name: str
-    build: Callable[[ModelCase, Batch, torch.dtype], Built]
-    note: str = ""
-    slow_to_compile: bool = False
-    only: str | None = None
+    attention: str
+    note: str
+    draw: Callable[[ModelCase, str], nn.Module]
+    on_batch: Callable[[Any, Batch, torch.dtype], tuple[Callable[[], Tensor], str]]
+    compile_mode: str | None = None
+
+    def build(self, case: ModelCase, batch: Batch, dtype: torch.dtype) -> Built:
+        """The model on a batch; Refused where it cannot run."""
+        device = batch.input_ids.device
+        if self.attention == "padfree":
+            check_padfree(device, dtype)
+        if self.attention == "flash_attention_2":
+            needs("flash_attn")
+        model = self.draw(case, self.attention)
+        # The fp64 truth and every other precision start from weights rounded to the same bf16 grid.
+        nn.Module.to(nn.Module.to(model, torch.bfloat16), device=device, dtype=dtype)
+        call = compiled(model, mode=self.compile_mode) if self.compile_mode else model
+        return Built(model, *self.on_batch(call, batch, dtype))
 
 
 def loss_of(out: Tensor) -> Tensor:
@@ -108,162 +118,99 @@ def loss_of(out: Tensor) -> Tensor:
     return (out * weights.to(out.dtype)).sum(dtype=torch.promote_types(out.dtype, torch.float32))
 
 
-def training_call(built: Built) -> Call:
+def make_call(built: Built, training: bool) -> Call:
+    """What is timed: the forward, or a training pass without the optimizer."""
     parameters = [p for p in built.module.parameters() if p.requires_grad]
-    return lambda: torch.autograd.grad(loss_of(built.forward()), parameters, allow_unused=True)
-
-
-def inference_call(built: Built) -> Call:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return built.forward()
-
-    return call
-
-
-CALLS = {"inference": inference_call, "training": training_call}
+    if training:
+        return lambda: torch.autograd.grad(loss_of(built.forward()), parameters, allow_unused=True)
+    return torch.no_grad()(built.forward)
 
 
 def answers(built: Built, training: bool) -> list[Tensor]:
-    """The output, and for training the gradient of the shared parameter, in fp64."""
+    """The output, and for training the gradient of the token embedding, in fp64."""
     built.module.eval()
-    if not training:
-        with torch.no_grad():
-            return [built.forward().double()]
-    out = built.forward()
-    (grad,) = torch.autograd.grad(loss_of(out), built.probe)
-    return [out.detach().double(), grad.double()]
+    with torch.set_grad_enabled(training):
+        out = built.forward()
+    grads = torch.autograd.grad(loss_of(out), next(built.module.parameters())) if training else ()
+    return [tensor.detach().double() for tensor in (out, *grads)]
 
 
 def relative_errors(actual: list[Tensor], truth: list[Tensor]) -> list[float]:
     return [float((a - t).norm() / t.norm()) for a, t in zip(actual, truth, strict=True)]
 
 
-@dataclass(frozen=True)
-class Gate:
-    """The exact answers, and the relative error that each of them may have."""
+def admits(row: Row, actual: list[Tensor], exact: list[Tensor], own: list[Tensor]) -> bool:
+    """Whether the answers are right; the row gets the worst error, and the reason where they are not.
 
-    truth: list[Tensor]
-    limits: list[float]
+    `exact` answers are the reference model's in fp64, `own` ones its own in the dtype that is timed.
+    """
+    errors, eps = relative_errors(actual, exact), torch.finfo(DTYPES[row.dtype]).eps
+    row.relative_error = math.nan if any(map(math.isnan, errors)) else max(errors)
+    # A handful of logits may come out well by chance, so that eps is the least that is expected.
+    limits = [limit_of(row.dtype, max(error, eps), LIMITS) for error in relative_errors(own, exact)]
+    # `not <=` and not `>`: NaN is wrong too.
+    wrong = [(error, limit) for error, limit in zip(errors, limits, strict=True) if not error <= limit]
+    if wrong:
+        told = ", ".join(f"{error:.1e} (limit {limit:.0e})" for error, limit in wrong)
+        row.reason = f"wrong answer, not timed: relative error {told}"
+    return not wrong
 
-    @classmethod
-    def of(cls, truth: list[Tensor], own: list[Tensor], dtype: str) -> "Gate":
-        """`own`: what the reference model answers in the dtype that is timed."""
-        # A handful of logits may come out well by chance, so that eps is the least that is expected.
-        expected = [max(error, torch.finfo(DTYPES[dtype]).eps) for error in relative_errors(own, truth)]
-        return cls(truth, [limit_of(dtype, error, LIMITS) for error in expected])
 
-    def admits(self, row: Row, actual: list[Tensor]) -> bool:
-        """Whether the answers are right; the row gets the worst error, and the reason where they are not."""
-        errors = relative_errors(actual, self.truth)
-        row.relative_error = float("nan") if any(map(math.isnan, errors)) else max(errors)
-        # `not <=` and not `>`: NaN is wrong too.
-        wrong = [(e, limit) for e, limit in zip(errors, self.limits, strict=True) if not e <= limit]
-        if wrong:
-            told = ", ".join(f"{error:.1e} (limit {limit:.0e})" for error, limit in wrong)
-            row.reason = f"wrong answer, not timed: relative error {told}"
-        return not wrong
+def run_mode(
+    session: Session, case: ModelCase, batch: Batch, peers: list[ModelPeer], reference: ModelPeer, mode: str
+) -> list[Row]:
+    training, dtype = mode == "training", DTYPES[case.dtype]
+    exact, own = (answers(reference.build(case, batch, d), training) for d in (torch.float64, dtype))
+    contest, full = Contest(session, batch.tokens), batch.tokens / batch.input_ids.numel()
+    for peer in peers:
+        with contest.enter(start_row(session.result.suite, case, mode, peer, full)) as row:
+            model = peer.build(case, batch, dtype)
+            row.ran = model.ran
+            if admits(row, answers(model, training), exact, own):
+                model.module.train(training)
+                call = make_call(model, training)
+                fill_profile(row, call, session.device)
+                row.status, contest.calls[peer.name] = OK, call
+                if peer.compile_mode != "reduce-overhead":  # which is a CUDA graph already
+                    contest.graphs[peer.name] = functools.partial(make_call, model, training)
+    return contest.time()
 
 
 def run_model_case(
     session: Session, case: ModelCase, peers: list[ModelPeer], reference: ModelPeer, modes: Sequence[str]
 ) -> Iterator[list[Row]]:
     """Check every model against the reference model in fp64, then time those that passed; the rows mode by mode."""
-    lengths = make_lengths(case.lengths, case.batch, case.seq)
-    batch = make_batch(lengths.tolist(), case.seq, session.device, session.seed)
+    batch = make_batch(case.sequence_lengths().tolist(), case.seq, session.device, session.seed)
     for mode in modes:
-        rows: list[Row] = []
-        training = mode == "training"
-        truth = answers(reference.build(case, batch, torch.float64), training)
-        own = answers(reference.build(case, batch, DTYPES[case.dtype]), training)
-        gate = Gate.of(truth, own, case.dtype)
-        built: dict[str, Built] = {}
-        for peer in peers:
-            if peer.only not in (None, mode):
-                continue
-            row = _start_row(session, case, mode, peer, batch)
-            rows.append(row)
-            try:
-                model = peer.build(case, batch, DTYPES[case.dtype])
-                row.ran = model.ran
-                if not gate.admits(row, answers(model, training)):
-                    continue
-                model.module.train(training)
-                _profile(row, CALLS[mode](model), session.device)
-                built[peer.name], row.status = model, OK
-            except Refused as refusal:
-                row.reason = str(refusal)
-            except Exception as error:  # noqa: BLE001 - a peer may fail in its own way; the row says how
-                row.reason = first_line(error)
-        _time(session, case, mode, built, rows, batch)
-        release(session.device)
-        yield rows
+        yield run_mode(session, case, batch, peers, reference, mode)
 
 
-def _start_row(session: Session, case: ModelCase, mode: str, peer: ModelPeer, batch: Batch) -> Row:
-    return Row(
-        suite=session.result.suite,
-        case=case.id,
-        group=case.name,
-        direction=mode,
-        peer=peer.name,
-        status=NOT_RUN,
-        note=peer.note,
-        dtype=case.dtype,
-        batch=case.batch,
-        heads=case.heads,
-        head_dim=case.width // case.heads,
-        seq=case.seq,
-        lengths=case.lengths,
-        valid_fraction=batch.tokens / (case.batch * case.seq),
-    )
+def choose_modes(directions: str | None) -> list[str]:
+    """inference for forward, training for both; the backward alone is not timed."""
+    if directions and "backward" in directions.split(","):
+        raise ValueError(
+            "direction must be forward (inference) or both (training) of a model, got 'backward'"
+        )
+    chosen = pick("direction", directions or ",".join(DIRECTIONS), DIRECTIONS)
+    return [mode for mode, wanted in (("inference", "forward"), ("training", "both")) if wanted in chosen]
 
 
-def _profile(row: Row, call: Call, device: torch.device) -> None:
-    row.peak_mib = profiling.peak_bytes(call, device) / profiling.MIB
-    if device.type == "cuda":
-        profiling.fill_launches(row, call)
+def choose_models(sizes: dict[str, ModelCase], shapes: str | None, dtypes: list[str]) -> list[ModelCase]:
+    """The named sizes, or all, in each dtype; ValueError for an unknown name."""
+    names = pick("shape", shapes or ",".join(sizes), sizes)
+    return [replace(sizes[name], dtype=dtype) for dtype in dtypes for name in names]
 
 
-def _time(
-    session: Session, case: ModelCase, mode: str, built: dict[str, Built], rows: list[Row], batch: Batch
-) -> None:
-    of_mode = {row.peer: row for row in rows}
-    calls: dict[str, Call] = {name: CALLS[mode](model) for name, model in built.items()}
-    if session.device.type == "cuda":
-        for name, model in built.items():
-            if model.capture:
-                add_graph(calls, of_mode[name], functools.partial(CALLS[mode], model))
-    watch = Watch({"case": case.id, "direction": mode})
-    samples = measure(calls, session.device, session.effort, wall=True, watch=watch)
-    if watch.readings:
-        session.result.clocks.append(watch.entry)
-    for name in built:
-        row, sample = of_mode[name], samples[name]
-        fill_times(row, samples)
-        row.tokens_per_s = batch.tokens / sample.p50 * 1e3
-        row.reviews_per_s = len(batch.labels) / sample.p50 * 1e3
-        if watch.remark:
-            row.remark(watch.remark)
-
-
-def choose_model_peers(peers: list[ModelPeer], names: str | None, device: torch.device) -> list[ModelPeer]:
-    """The named ones, or all; on a CPU those that compile take part only when named.
-
-    Raises:
-        ValueError: an unknown name; the message lists them.
-    """
+def run_models(
+    suite: str, options: Namespace, command: list[str], cases: list[ModelCase], peers: list[ModelPeer]
+) -> Result:
+    """Every chosen peer on every case, against the peer "eager"; on a CPU those that compile only when named."""
     known = {peer.name: peer for peer in peers}
-    if names is not None:
-        for name in names.split(","):
-            if name not in known:
-                raise ValueError(f"peer must be one of {', '.join(known)}, got {name!r}")
-        return [known[name] for name in names.split(",")]
-    return [_unless_slow(peer) if device.type == "cpu" else peer for peer in peers]
-
-
-def _unless_slow(peer: ModelPeer) -> ModelPeer:
-    def refuse(case: ModelCase, batch: Batch, dtype: torch.dtype) -> Built:
-        raise Refused("compiles C++ on a CPU: name it with --peers to run it")
-
-    return replace(peer, build=refuse) if peer.slow_to_compile else peer
+    chosen = [known[name] for name in pick("peer", options.peers or ",".join(known), known)]
+    if not options.peers and pick_device().type == "cpu":
+        unless_named = refuse("compiles C++ on a CPU: name it with --peers to run it")
+        chosen = [replace(peer, draw=unless_named) if peer.compile_mode else peer for peer in chosen]
+    modes = choose_modes(options.directions)
+    session = Session(suite, options, command, {case.dtype for case in cases})
+    run_case = functools.partial(run_model_case, session, peers=chosen, reference=known["eager"], modes=modes)
+    return session.run([(case.id, functools.partial(run_case, case)) for case in cases], len(modes))

@@ -4,34 +4,27 @@ A step is zero_grad, forward, loss, backward and Adam. One repetition goes throu
 implementation: in random order padded to 400, as the notebook does, or grouped by length.
 """
 
-import argparse
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from imdb_classifier.modeling import TextClassifier, TextClassifierConfig
+from imdb_classifier.modeling import TextClassifier
 from padfree_bench.measuring import profiling
-from padfree_bench.measuring.cases import DTYPES, choose_dtypes
-from padfree_bench.measuring.clocks import Watch
-from padfree_bench.measuring.errors import first_line
+from padfree_bench.measuring.cases import DTYPES, choose_dtypes, pick
 from padfree_bench.measuring.lengths import imdb_lengths
-from padfree_bench.measuring.machine import pick_device
-from padfree_bench.measuring.results import NOT_RUN, OK, Result, Row
-from padfree_bench.measuring.timing import Call, Effort, measure
-from padfree_bench.peers.base import Refused
-from padfree_bench.suites.encoder import check_padfree
-from padfree_bench.suites.models import Batch, Gate, make_batch, make_edge_loud
+from padfree_bench.measuring.results import OK, Result, Row
+from padfree_bench.measuring.timing import Effort
+from padfree_bench.suites import encoder
+from padfree_bench.suites.contenders import Contest, start_row
+from padfree_bench.suites.models import Batch, ModelCase, admits, check_padfree, choose_models, make_batch
 from padfree_bench.suites.session import Session
 
-MAX_LENGTH = 400
-PRESETS: dict[str, dict[str, Any]] = {
-    "notebook": {"d_model": 32, "n_heads": 4, "dff": 32, "n_layers": 2},
-    "d768": {"d_model": 768, "n_heads": 12, "dff": 3072, "n_layers": 2},
-}
+# The batches of all sizes are padded to 400, the notebook's max_length.
+SIZES = {name: encoder.SIZES[name] for name in ("notebook", "d768")}
 
 
 @dataclass(frozen=True)
@@ -57,30 +50,21 @@ RECIPES = [
 ]
 
 
-def make_batches(count: int, size: int, grouped: bool, device: torch.device, seed: int) -> list[Batch]:
-    """The same reviews either way: `count` batches of `size`."""
-    lengths = imdb_lengths(count * size, MAX_LENGTH)
+def make_batches(case: ModelCase, grouped: bool, device: torch.device, seed: int) -> list[Batch]:
+    """The reviews of an epoch, the same ones either way."""
+    lengths = imdb_lengths(case.batches * case.batch, case.seq)
     if grouped:
         lengths = np.sort(lengths)
-    rows = lengths.reshape(count, size)
-    # A random batch of 64 reviews always holds one at the cut: the notebook pads every batch to 400.
-    widths = rows.max(axis=1) if grouped else np.full(count, MAX_LENGTH)
-    return [
-        make_batch(row.tolist(), int(width), device, seed + index)
-        for index, (row, width) in enumerate(zip(rows, widths, strict=True))
-    ]
+    rows = lengths.reshape(case.batches, case.batch).tolist()
+    # A random batch of 64 reviews always holds one at the cut: the notebook pads every batch to it.
+    widths = [max(row) if grouped else case.seq for row in rows]
+    return [make_batch(row, widths[index], device, seed + index) for index, row in enumerate(rows)]
 
 
-def make_model(preset: str, recipe: Recipe, device: torch.device) -> TextClassifier:
+def make_model(case: ModelCase, recipe: Recipe, device: torch.device) -> TextClassifier:
     if recipe.attention == "padfree":
         check_padfree(device, torch.float32)
-    config = TextClassifierConfig(
-        max_length=MAX_LENGTH, cls_only_last_layer=recipe.cls_only, **PRESETS[preset]
-    )
-    config._attn_implementation = recipe.attention
-    torch.manual_seed(0)
-    model = TextClassifier(config)
-    make_edge_loud(model.embedding.weight)
+    model = encoder.draw(case, recipe.attention, recipe.cls_only, dropout_rate=0.1)
     model.to(device)  # type: ignore[arg-type] # transformers' wrapper hides nn.Module.to
     return model
 
@@ -112,104 +96,42 @@ def make_epoch(model: TextClassifier, batches: list[Batch], dtype: torch.dtype) 
     return epoch
 
 
-def run_case(
-    session: Session, preset: str, dtype_name: str, size: int, count: int, recipes: list[Recipe]
-) -> list[Row]:
+def run_case(session: Session, case: ModelCase, recipes: list[Recipe]) -> Iterator[list[Row]]:
     """Check a step of every recipe against the notebook's model in fp64, then time the epochs in turn."""
-    device, dtype = session.device, DTYPES[dtype_name]
-    batches = {grouped: make_batches(count, size, grouped, device, session.seed) for grouped in (False, True)}
+    device, dtype = session.device, DTYPES[case.dtype]
+    batches = {grouped: make_batches(case, grouped, device, session.seed) for grouped in (False, True)}
     # From the middle, so that the grouped one is padded less than the random one, and not the shortest.
-    probes = {grouped: made[count // 2] for grouped, made in batches.items()}
-    reference = make_model(preset, RECIPES[0], device)
+    probes = {grouped: made[case.batches // 2] for grouped, made in batches.items()}
+    reference = make_model(case, RECIPES[0], device)
     own = {grouped: answers(reference, probe, dtype) for grouped, probe in probes.items()}
     reference.double()
-    gates = {
-        grouped: Gate.of(answers(reference, probe, torch.float64), own[grouped], dtype_name)
-        for grouped, probe in probes.items()
-    }
-    epochs: dict[str, Call] = {}
-    rows: list[Row] = []
-    for recipe in recipes:
-        row = _start_row(session, preset, dtype_name, size, batches[recipe.grouped], recipe)
-        rows.append(row)
-        try:
-            model = make_model(preset, recipe, device)
-            if not gates[recipe.grouped].admits(row, answers(model, probes[recipe.grouped], dtype)):
-                continue
-            longest = max(batches[recipe.grouped], key=lambda batch: batch.input_ids.shape[1])
-            row.peak_mib = profiling.peak_bytes(make_epoch(model, [longest], dtype), device) / profiling.MIB
-            epochs[recipe.name] = make_epoch(model, batches[recipe.grouped], dtype)
-            row.status, row.ran = OK, f"attn_implementation={recipe.attention}"
-        except Refused as refusal:
-            row.reason = str(refusal)
-        except Exception as error:  # noqa: BLE001 - a recipe may fail in its own way; the row says how
-            row.reason = first_line(error)
+    exact = {grouped: answers(reference, probe, torch.float64) for grouped, probe in probes.items()}
     tokens = sum(batch.tokens for batch in batches[False])
-    watch = Watch({"case": case_id(preset, size, count, dtype_name), "direction": "step"})
-    samples = measure(epochs, device, session.effort, wall=True, watch=watch)
-    if watch.readings:
-        session.result.clocks.append(watch.entry)
-    for name, sample in samples.items():
-        row = next(row for row in rows if row.peer == name)
-        row.ms_p20, row.ms_p50, row.ms_p80 = sample.p20 / count, sample.p50 / count, sample.p80 / count
-        row.repetitions = sample.repetitions
-        row.tokens_per_s = tokens / sample.p50 * 1e3
-        row.reviews_per_s = size * count / sample.p50 * 1e3
-        if watch.remark:
-            row.remark(watch.remark)
-    return rows
+    contest = Contest(session, tokens / case.batches, steps=case.batches)
+    for recipe in recipes:
+        made, probe = batches[recipe.grouped], probes[recipe.grouped]
+        full = tokens / sum(batch.input_ids.numel() for batch in made)
+        with contest.enter(start_row(session.result.suite, case, "step", recipe, full)) as row:
+            model = make_model(case, recipe, device)
+            if admits(row, answers(model, probe, dtype), exact[recipe.grouped], own[recipe.grouped]):
+                longest = max(made, key=lambda batch: batch.input_ids.shape[1])
+                one_step = make_epoch(model, [longest], dtype)
+                row.peak_mib = profiling.peak_bytes(one_step, device) / profiling.MIB
+                contest.calls[recipe.name] = make_epoch(model, made, dtype)
+                row.status, row.ran = OK, f"attn_implementation={recipe.attention}"
+    yield contest.time()
 
 
-def case_id(preset: str, size: int, count: int, dtype: str) -> str:
-    return f"{preset}-B{size}-S{MAX_LENGTH}-{count}-batches-{dtype}"
-
-
-def _start_row(
-    session: Session, preset: str, dtype: str, size: int, batches: list[Batch], recipe: Recipe
-) -> Row:
-    sizes = PRESETS[preset]
-    padded = sum(batch.input_ids.numel() for batch in batches)
-    return Row(
-        suite=session.result.suite,
-        case=case_id(preset, size, len(batches), dtype),
-        group=preset,
-        direction="step",
-        peer=recipe.name,
-        status=NOT_RUN,
-        note=recipe.note,
-        dtype=dtype,
-        batch=size,
-        heads=sizes["n_heads"],
-        head_dim=sizes["d_model"] // sizes["n_heads"],
-        seq=MAX_LENGTH,
-        lengths="imdb",
-        valid_fraction=sum(batch.tokens for batch in batches) / padded,
-    )
-
-
-def run(options: argparse.Namespace, command: list[str]) -> Result:
+def run(options: Namespace, command: list[str]) -> Result:
     """The train suite; one row's time is milliseconds a step, averaged over the batches of an epoch."""
-    device = pick_device()
+    gpu = torch.cuda.is_available()
     known = {recipe.name: recipe for recipe in RECIPES}
-    for name in options.peers.split(",") if options.peers else ():
-        if name not in known:
-            raise ValueError(f"peer must be one of {', '.join(known)}, got {name!r}")
-    recipes = [known[name] for name in options.peers.split(",")] if options.peers else RECIPES
-    gpu = device.type == "cuda"
-    presets = (options.shapes or ("notebook,d768" if gpu else "notebook")).split(",")
-    for preset in presets:
-        if preset not in PRESETS:
-            raise ValueError(f"shape must be one of {', '.join(PRESETS)}, got {preset!r}")
+    recipes = [known[name] for name in pick("peer", options.peers or ",".join(known), known)]
+    names = options.shapes or (None if gpu else "notebook")
     dtypes = choose_dtypes(options.dtypes, "bf16,fp32" if gpu else "fp32")
-    size, count = (64, 20) if gpu else (16, 4) if options.quick else (64, 8)
+    batch, batches = (64, 20) if gpu else (16, 4) if options.quick else (64, 8)
+    cases = [replace(case, batch=batch, batches=batches) for case in choose_models(SIZES, names, dtypes)]
     session = Session("train", options, command, set(dtypes))
     seconds = 10 if options.quick else 20 if gpu else 60
     session.effort = Effort(seconds, least=5, most=15, warmup=1, at_most_seconds=2 * seconds)
-    return session.run(
-        (
-            case_id(preset, size, count, dtype),
-            functools.partial(run_case, session, preset, dtype, size, count, recipes),
-        )
-        for dtype in dtypes
-        for preset in presets
-    )
+    return session.run([(case.id, functools.partial(run_case, session, case, recipes)) for case in cases])
