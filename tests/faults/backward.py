@@ -90,7 +90,7 @@ FAULTS = [
     ),
     query_gradient(
         "edge tiles of dq are not masked", "mask",
-        fragment="load_keep_n(inputs.padding, head.b, n, stop) if MASKED else None", replacement="None",
+        fragment="load_keep_n(inputs.padding, head.padding_start, n, stop) if MASKED else None", replacement="None",
     ),
     key_gradient(
         "dk and dv take LSE and delta for each other", "saved statistics",
@@ -155,7 +155,7 @@ FAULTS = [
     ),
     mask_gradient(
         "the mask's gradient keeps the error of the rounded LSE", "saved statistics",
-        fragment="probs *= rows.inverse[:, None]", replacement="pass",
+        fragment="-rows.lse2[:, None])) * rows.inverse[:, None]", replacement="-rows.lse2[:, None]))",
     ),
     mask_gradient(
         "the mask's gradient ignores the window", "window",

@@ -47,10 +47,10 @@ FAULTS = [
     ),
     forward(
         "skipped queries are computed", "mask",
-        fragment="load_keep_n(inputs.padding, b, m, sequence.queries) if TILE.SKIP_QUERIES else in_m", replacement="in_m",
+        fragment="load_keep_n(inputs.padding, head.padding_start, m, sequence.queries) if TILE.SKIP_QUERIES else in_m", replacement="in_m",
     ),
     forward(
         "edge tiles of the forward are not masked", "mask",
-        fragment="load_keep_n(inputs.padding, head.b, n, stop) if MASKED else None", replacement="None",
+        fragment="load_keep_n(inputs.padding, head.padding_start, n, stop) if MASKED else None", replacement="None",
     ),
 ]  # fmt: skip

@@ -210,7 +210,7 @@ FAULTS = [
     ),
     tiles(
         "sequence 0's padding hides every sequence's keys", "addressing",
-        fragment="padding.ptr + b * padding.strides[0]", replacement="padding.ptr + 0 * padding.strides[0]",
+        fragment="Head(k, v, b * inputs.padding.strides[0],", replacement="Head(k, v, 0 * inputs.padding.strides[0],",
     ),
     tiles(
         "the mask's last stride is taken as 1", "addressing",
@@ -218,7 +218,7 @@ FAULTS = [
     ),
     tiles(
         "values are found by the strides of keys", "addressing",
-        fragment="return k, at_row(inputs.v, b,", replacement="return k, at_row(View(inputs.v.ptr, inputs.k.strides), b,",
+        fragment="v = at_row(inputs.v, b,", replacement="v = at_row(View(inputs.v.ptr, inputs.k.strides), b,",
     ),
     tiles(
         "head and sequence are swapped", "addressing",
@@ -229,9 +229,9 @@ FAULTS = [
         "grouped heads take keys in turn", "addressing",
         fragment="kv_h = sequence.b, h // TILE.GROUP", replacement="kv_h = sequence.b, h % (inputs.sizes.heads // TILE.GROUP)",
     ),
-    scores(
+    tiles(
         "the attn_mask of head 0 serves every head", "addressing",
-        fragment="head.b * strides[0] + head.h * strides[1]", replacement="head.b * strides[0]",
+        fragment="mask_start = b * inputs.attn_mask.strides[0] + h * inputs.attn_mask.strides[1]", replacement="mask_start = b * inputs.attn_mask.strides[0]",
     ),
     tiles(
         "the LSE's offset is 32 bits wide", "offset width",

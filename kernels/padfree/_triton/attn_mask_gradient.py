@@ -15,7 +15,6 @@ from padfree._triton.scores import (
     apply_attn_mask,
     drop,
     dropout_keep,
-    dropout_stream,
     hide,
     in_window,
     load_attn_mask,
@@ -23,9 +22,8 @@ from padfree._triton.scores import (
     scale_add,
 )
 from padfree._triton.tiles import (
-    Head,
     at_row,
-    keys_of_head,
+    head_of,
     load_keep_n,
     load_lse2,
     load_tile,
@@ -60,7 +58,7 @@ class Rows(NamedTuple):
 def score_gradient(rows, head, mask, inputs, n_first, TILE: tl.constexpr):
     """dS = P * (d_out @ vᵀ - delta), [BLOCK_M, BLOCK_N], of the rows against the tile of keys at n_first."""
     m, n = rows.m, n_first + tl.arange(0, TILE.BLOCK_N)
-    keep_n = load_keep_n(inputs.padding, head.b, n, inputs.sizes.keys)
+    keep_n = load_keep_n(inputs.padding, head.padding_start, n, inputs.sizes.keys)
     k = load_tile(head.k, n_first, keep_n, TILE.BLOCK_N, TILE)
     v = load_tile(head.v, n_first, keep_n, TILE.BLOCK_N, TILE)
     keep = keep_n[None, :] & rows.live_m[:, None]
@@ -69,12 +67,11 @@ def score_gradient(rows, head, mask, inputs, n_first, TILE: tl.constexpr):
     attn_mask = load_attn_mask(mask, m[:, None], n[None, :], keep)
     scores, factor = apply_attn_mask(scores, inputs.scale2, attn_mask)
     scores = hide(scores, in_window(keep, m[:, None], n[None, :], inputs.window))
+    probs = tl.exp2(scale_add(scores, factor, -rows.lse2[:, None])) * rows.inverse[:, None]
     d_probs = tl.dot(rows.d_out, tl.trans(v), input_precision=TILE.PRECISION)
     if inputs.dropout.seed_ptr is not None:
         kept = dropout_keep(head.stream, m[:, None], n[None, :], inputs.dropout.p)
         d_probs = drop(d_probs, kept, inputs.dropout.p)
-    probs = tl.exp2(scale_add(scores, factor, -rows.lse2[:, None]))
-    probs *= rows.inverse[:, None]
     return probs * (d_probs - rows.delta[:, None])
 
 
@@ -100,8 +97,7 @@ def attn_mask_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, d_mas
         for h32 in range(mask_h, h_stop):
             b, h = tl.cast(b32, tl.int64), tl.cast(h32, tl.int64)
             sequence = sequence_of(sizes, b)
-            k, v = keys_of_head(inputs, sequence, h, TILE)
-            head = Head(k, v, b, h, dropout_stream(inputs, b, h))
+            head = head_of(inputs, sequence, h, TILE)
             q_head, d_out_head = at_row(inputs.q, b, h, 0, TILE), at_row(d_out, b, h, 0, TILE)
             mask, first_row = mask_of_head(inputs, head), row_offset(lse2, sequence, h)
             for m_first in range(tile_m * BLOCK_M, m_stop, BLOCK_M):

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from padfree._triton.call import Call, on_device
 from padfree._triton.configs import Config
-from padfree._triton.scores import Softmax, dropout_keep, dropout_stream, score_tile, softmax_step
+from padfree._triton.scores import Softmax, dropout_keep, score_tile, softmax_step
 from padfree._triton.tiles import (
-    Head,
     at_row,
-    keys_of_head,
+    head_of,
     keys_of_rows,
     load_keep_n,
     load_tile,
@@ -39,7 +38,7 @@ class Rows(NamedTuple):
 def attend(state, rows, head, inputs, start, stop, MASKED: tl.constexpr, TILE: tl.constexpr):
     """The softmax's state after the rows have seen the tile of keys at `start`; with MASKED some may be hidden."""
     n = start + tl.arange(0, TILE.BLOCK_N)
-    keep_n = load_keep_n(inputs.padding, head.b, n, stop) if MASKED else None
+    keep_n = load_keep_n(inputs.padding, head.padding_start, n, stop) if MASKED else None
     k = load_tile(head.k, start, keep_n, TILE.BLOCK_N, TILE)
     scores, factor = score_tile(rows, k, head, inputs, n, keep_n, stop, TILE)
     probs, row_max, row_sum, rescale = softmax_step(
@@ -62,15 +61,16 @@ def attention_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
     sizes = inputs.sizes
     tile, b, h = owned_tile(sizes.queries, sizes.sequences, sizes.heads, BLOCK_M)
     sequence = sequence_of(sizes, b)
-    k, v = keys_of_head(inputs, sequence, h, TILE)
-    head = Head(k, v, b, h, dropout_stream(inputs, b, h))
+    head = head_of(inputs, sequence, h, TILE)
 
     m_first = tile * BLOCK_M
     m_last = tl.minimum(m_first + BLOCK_M, sequence.queries) - 1
     m = m_first + tl.arange(0, BLOCK_M)
     in_m = m < sequence.queries
-    live_m = load_keep_n(inputs.padding, b, m, sequence.queries) if TILE.SKIP_QUERIES else in_m
-    span = keys_of_rows(inputs, sequence, m_first, m_last, TILE)
+    live_m = (
+        load_keep_n(inputs.padding, head.padding_start, m, sequence.queries) if TILE.SKIP_QUERIES else in_m
+    )
+    span = keys_of_rows(inputs, sequence, head, m_first, m_last, TILE)
 
     q = load_tile(at_row(inputs.q, b, h, sequence.q_start, TILE), m_first, live_m, BLOCK_M, TILE)
     state = Softmax(

@@ -50,15 +50,14 @@ class Keys(NamedTuple):
 
 
 class QueryHead(NamedTuple):
-    """A query head of sequence b: what its rows bring, from the first one on, and its dropout stream."""
+    """A query head: what its rows bring, from the first one on, where it stands in attn_mask, and its dropout stream."""
 
     q: View
     d_out: View
     lse2_ptr: Any
     delta_ptr: Any
     inverse_ptr: Any
-    b: Any
-    h: Any
+    mask_start: Any
     stream: Any
 
 
@@ -125,13 +124,14 @@ def key_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, dk, dv, TIL
     sizes = inputs.sizes
     tile, b, kv_h = owned_tile(sizes.keys, sizes.sequences, sizes.heads // TILE.GROUP, BLOCK_N)
     sequence = sequence_of(sizes, b)
+    padding_start = b * inputs.padding.strides[0]
 
-    first, stop, holes = visible_span(inputs.padding, b, sequence.keys)
+    first, stop, holes = visible_span(inputs.padding, padding_start, sequence.keys)
     n_first = tile * BLOCK_N
     n_last = tl.minimum(n_first + BLOCK_N, sequence.keys) - 1
     n = n_first + tl.arange(0, BLOCK_N)
     in_n = n < sequence.keys
-    keep_n = load_keep_n(inputs.padding, b, n, sequence.keys)
+    keep_n = load_keep_n(inputs.padding, padding_start, n, sequence.keys)
     row_first, row_stop, ragged = first * 0, sequence.queries, inputs.attn_mask.ptr is not None
     if TILE.SKIP_QUERIES:
         row_first, row_stop, ragged = first, stop, ragged | holes
@@ -158,8 +158,7 @@ def key_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, dk, dv, TIL
             lse2.ptr + first_row,
             delta_ptr + first_row,
             None if inverse_ptr is None else inverse_ptr + first_row,
-            b,
-            h,
+            b * inputs.attn_mask.strides[0] + h * inputs.attn_mask.strides[1],
             dropout_stream(inputs, b, h),
         )
         grads = walk(accumulate_dkv, grads, keys, head, inputs, span, has_leading_edge, TILE.BLOCK_M, TILE)

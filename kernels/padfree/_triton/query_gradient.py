@@ -12,11 +12,10 @@ from torch import Tensor
 
 from padfree._triton.call import Call
 from padfree._triton.configs import Config
-from padfree._triton.scores import drop, dropout_keep, dropout_stream, refine, scale_add, score_tile
+from padfree._triton.scores import drop, dropout_keep, refine, scale_add, score_tile
 from padfree._triton.tiles import (
-    Head,
     at_row,
-    keys_of_head,
+    head_of,
     keys_of_rows,
     load_d_lse,
     load_keep_n,
@@ -56,7 +55,7 @@ class Sums(NamedTuple):
 def accumulate_dq(sums, rows, head, inputs, start, stop, MASKED: tl.constexpr, TILE: tl.constexpr):
     """dq += dS @ k over the tile of keys at `start`, with dS = P * (d_out @ vᵀ - delta)."""
     n = start + tl.arange(0, TILE.BLOCK_N)
-    keep_n = load_keep_n(inputs.padding, head.b, n, stop) if MASKED else None
+    keep_n = load_keep_n(inputs.padding, head.padding_start, n, stop) if MASKED else None
     v = load_tile(head.v, start, keep_n, TILE.BLOCK_N, TILE)
     k = load_tile(head.k, start, keep_n, TILE.BLOCK_N, TILE)
     scores, factor = score_tile(rows, k, head, inputs, n, keep_n, stop, TILE)
@@ -92,14 +91,13 @@ def query_gradient_kernel(
     sizes = inputs.sizes
     tile, b, h = owned_tile(sizes.queries, sizes.sequences, sizes.heads, BLOCK_M)
     sequence = sequence_of(sizes, b)
-    k, v = keys_of_head(inputs, sequence, h, TILE)
-    head = Head(k, v, b, h, dropout_stream(inputs, b, h))
+    head = head_of(inputs, sequence, h, TILE)
 
     m_first = tile * BLOCK_M
     m_last = tl.minimum(m_first + BLOCK_M, sequence.queries) - 1
     m = m_first + tl.arange(0, BLOCK_M)
     in_m = m < sequence.queries
-    span = keys_of_rows(inputs, sequence, m_first, m_last, TILE)
+    span = keys_of_rows(inputs, sequence, head, m_first, m_last, TILE)
 
     first_row = row_offset(lse2, sequence, h)
     row_lse2, live_m = load_lse2(lse2.ptr + first_row, m, in_m)

@@ -74,8 +74,7 @@ def in_window(keep, m, n, window):
 @triton.jit
 def mask_of_head(inputs, head):
     """The View of attn_mask from its first row for this head on."""
-    strides = inputs.attn_mask.strides
-    return View(inputs.attn_mask.ptr + head.b * strides[0] + head.h * strides[1], strides)
+    return View(inputs.attn_mask.ptr + head.mask_start, inputs.attn_mask.strides)
 
 
 @triton.jit

@@ -18,7 +18,6 @@ from padfree._triton.scores import (
     apply_attn_mask,
     drop,
     dropout_keep,
-    dropout_stream,
     hide,
     in_window,
     load_attn_mask,
@@ -26,9 +25,8 @@ from padfree._triton.scores import (
     refine,
 )
 from padfree._triton.tiles import (
-    Head,
     at_row,
-    keys_of_head,
+    head_of,
     load_d_lse,
     load_keep_n,
     load_lse2,
@@ -65,7 +63,7 @@ def load_row(view, keep, TILE: tl.constexpr):
 def key_scores(q, head, inputs, sequence, start, TILE: tl.constexpr):
     """(scores2 [BLOCK_N, 1] with hidden keys at -inf, k [BLOCK_N, BLOCK_D] fp32, keep_n) of the tile at `start`."""
     n = start + tl.arange(0, TILE.BLOCK_N)
-    keep_n = load_keep_n(inputs.padding, head.b, n, sequence.keys)
+    keep_n = load_keep_n(inputs.padding, head.padding_start, n, sequence.keys)
     k = load_tile(head.k, start, keep_n, TILE.BLOCK_N, TILE).to(tl.float32)
     scores, factor = tl.sum(k * q, 1)[:, None], inputs.scale2
     keep = in_window(keep_n[:, None] & (sequence.queries > 0), 0, n[:, None], inputs.window)
@@ -82,15 +80,14 @@ def single_query_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
     BLOCK_D: tl.constexpr = TILE.BLOCK_D
     sequence, h = owned_head(inputs.sizes)
     b, q_start = sequence.b, sequence.q_start
-    k, v = keys_of_head(inputs, sequence, h, TILE)
-    head = Head(k, v, b, h, dropout_stream(inputs, b, h))
+    head = head_of(inputs, sequence, h, TILE)
     in_m = tl.arange(0, 1) < sequence.queries
     q = load_row(at_row(inputs.q, b, h, q_start, TILE), in_m, TILE)
     lane_max2 = tl.full((BLOCK_N, 1), float("-inf"), tl.float32)
     lane_sum = tl.zeros((BLOCK_N, 1), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # From the first visible key on, so that padding on the left has the lanes of padding on the right.
-    first, stop, _has_holes = visible_span(inputs.padding, sequence.b, sequence.keys)
+    first, stop, _has_holes = visible_span(inputs.padding, head.padding_start, sequence.keys)
     for start in range(first, stop, BLOCK_N):
         scores2, _k, keep_n = key_scores(q, head, inputs, sequence, start, TILE)
         new_max2 = tl.maximum(lane_max2, scores2)
@@ -144,8 +141,7 @@ def single_query_backward_kernel(
     BLOCK_D: tl.constexpr = TILE.BLOCK_D
     sequence, h = owned_head(inputs.sizes)
     b, q_start = sequence.b, sequence.q_start
-    k, v = keys_of_head(inputs, sequence, h, TILE)
-    head = Head(k, v, b, h, dropout_stream(inputs, b, h))
+    head = head_of(inputs, sequence, h, TILE)
     in_m = tl.arange(0, 1) < sequence.queries
     own_row = row_offset(lse2, sequence, h) + tl.arange(0, 1)
     row_lse2, live = load_lse2(lse2.ptr, own_row, in_m)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from padfree._triton.arguments import View
-from padfree._triton.scores import LOG2E
+from padfree._triton.scores import LOG2E, dropout_stream
 
 SCAN_BLOCK = tl.constexpr(512)
 
@@ -26,12 +26,13 @@ class Sequence(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What a query head of sequence b sees: its keys and values from their first row on, and its dropout stream."""
+    """What a query head of a sequence sees: its keys and values from their first row on, where the sequence stands in
+    the padding mask and the head in attn_mask, in elements, and the head's dropout stream."""
 
     k: View
     v: View
-    b: Any
-    h: Any
+    padding_start: Any
+    mask_start: Any
     stream: Any
 
 
@@ -81,17 +82,18 @@ def sequence_rows(cu_seqlens_ptr, b, length):
 def at_row(view, b, h, start, TILE: tl.constexpr):
     """The [B,H,S,D] view from row `start` of head h of sequence b on."""
     strides = view.strides
-    batch_stride, head_stride = aligned(strides[0], TILE.ALIGN), aligned(strides[1], TILE.ALIGN)
-    offset = b * batch_stride + h * head_stride + start * aligned(strides[2], TILE.ALIGN)
-    return View(view.ptr + offset, strides)
+    offset = b * aligned(strides[0], TILE.ALIGN) + h * aligned(strides[1], TILE.ALIGN)
+    return View(view.ptr + (offset + start * aligned(strides[2], TILE.ALIGN)), strides)
 
 
 @triton.jit
-def keys_of_head(inputs, sequence, h, TILE: tl.constexpr):
-    """(k, v) that query head h of the sequence sees, from their first row on."""
+def head_of(inputs, sequence, h, TILE: tl.constexpr):
+    """Query head h of the sequence. Triton 3.6 can return no None, so offsets and 0 stand for what is absent."""
     b, kv_h = sequence.b, h // TILE.GROUP
     k = at_row(inputs.k, b, kv_h, sequence.k_start, TILE)
-    return k, at_row(inputs.v, b, kv_h, sequence.k_start, TILE)
+    v = at_row(inputs.v, b, kv_h, sequence.k_start, TILE)
+    mask_start = b * inputs.attn_mask.strides[0] + h * inputs.attn_mask.strides[1]
+    return Head(k, v, b * inputs.padding.strides[0], mask_start, dropout_stream(inputs, b, h))
 
 
 @triton.jit
@@ -110,24 +112,27 @@ def aligned(stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_keep_n(padding, b, n, stop):
-    """[BLOCK] bool: key n lies before `stop` and is not padding. The one reader of the padding mask."""
+def load_keep_n(padding, padding_start, n, stop):
+    """[BLOCK] bool: key n of the sequence whose row of the mask begins at padding_start lies before `stop` and is not padding.
+
+    The one reader of the padding mask.
+    """
     keep_n = n < stop
     if padding.ptr is not None:
-        ptrs = padding.ptr + b * padding.strides[0] + n.to(tl.int64) * padding.strides[1]
+        ptrs = padding.ptr + padding_start + n.to(tl.int64) * padding.strides[1]
         keep_n = keep_n & (tl.load(ptrs, mask=keep_n, other=1) == 0)
     return keep_n
 
 
 @triton.jit
-def visible_span(padding, b, num_keys):
+def visible_span(padding, padding_start, num_keys):
     """(first, stop, holes): keys outside [first, stop) are padding; `holes`: some inside are padding too."""
     first, stop, holes = num_keys * 0, num_keys, num_keys < 0
     if padding.ptr is not None:
         stops, visible = tl.zeros((SCAN_BLOCK,), tl.int32), tl.zeros((SCAN_BLOCK,), tl.int32)
         for start in range(0, num_keys, SCAN_BLOCK):
             n = start + tl.arange(0, SCAN_BLOCK)
-            keep_n = load_keep_n(padding, b, n, num_keys)
+            keep_n = load_keep_n(padding, padding_start, n, num_keys)
             stops = tl.where(keep_n, n + 1, stops)
             visible += keep_n.to(tl.int32)
         stop, count = tl.max(stops, 0), tl.sum(visible, 0)
@@ -136,17 +141,17 @@ def visible_span(padding, b, num_keys):
             firsts = tl.full((SCAN_BLOCK,), 0, tl.int32) + stop
             for start in range(0, stop, SCAN_BLOCK):
                 n = start + tl.arange(0, SCAN_BLOCK)
-                firsts = tl.where(load_keep_n(padding, b, n, stop), tl.minimum(firsts, n), firsts)
+                firsts = tl.where(load_keep_n(padding, padding_start, n, stop), tl.minimum(firsts, n), firsts)
             first = tl.min(firsts, 0)
         holes = count < stop - first
     return first, stop, holes
 
 
 @triton.jit
-def keys_of_rows(inputs, sequence, m_first, m_last, TILE: tl.constexpr):
+def keys_of_rows(inputs, sequence, head, m_first, m_last, TILE: tl.constexpr):
     """The Span of keys that rows m_first..m_last see: one edge alone where padding leaves holes between visible keys."""
     window = inputs.window
-    first, stop, holes = visible_span(inputs.padding, sequence.b, sequence.keys)
+    first, stop, holes = visible_span(inputs.padding, head.padding_start, sequence.keys)
     span = visible_range(m_first, m_last, first, stop, holes, window.left, window.right, TILE.BLOCK_N)
     # A packed sequence may be shorter than the grid; rows that are padding may be skipped.
     real = m_first <= m_last
