@@ -47,13 +47,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if not ACTIVE:
         return (yield)
     from padfree import _dispatch
-    from padfree._triton import operators
+    from padfree._triton import autograd
 
     torch.utils._device._device_constructors()  # torch looks its own functions up before they are wrapped
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dispatch, "why_not_device", refuse_all_but)
-        patch.setattr(operators, "run", reach)
-        patch.setattr(operators, "run_qkvpacked", reach)
+        patch.setattr(autograd, "run", reach)
+        patch.setattr(autograd, "run_qkvpacked", reach)
         for name in ("rand", "randn", "randint"):
             patch.setattr(torch, name, with_generator_of_the_device(getattr(torch, name)))
         try:

@@ -38,6 +38,36 @@ def imported_modules(path: Path, *, at_import_time_only: bool = False) -> set[st
     return found
 
 
+def modules_of_the_house() -> dict[str, Path]:
+    """Every module of the three packages by its dotted name."""
+    found = {}
+    for root in ("kernels", "model", "bench"):
+        for path in (ROOT / root).glob("*/**/*.py"):
+            parts = path.relative_to(ROOT / root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which modules of the house each of them imports, inside functions too; `from package import module` means the module."""
+    modules = modules_of_the_house()
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                graph[name].update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name].update(inner[n] if inner[n] in modules else node.module for n in inner)
+        graph[name] &= modules.keys() - {name}
+    return graph
+
+
+def folder_of(module: str) -> str:
+    """The folder of a module: `padfree_bench.peers.base` lies in `padfree_bench.peers`."""
+    return module if modules_of_the_house()[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
 def top_level(modules: set[str]) -> set[str]:
     return {module.partition(".")[0] for module in modules}
 
@@ -54,6 +84,69 @@ def test_a_source_root_is_a_plain_folder(folder):
     # A package called `kernels` on sys.path would be taken for Hugging Face's, and break transformers.
     assert (ROOT / folder).is_dir()
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+# Which other folders of its own package a folder may import; what is missing may import everything.
+BENCH = "padfree_bench"
+MAY_IMPORT = {
+    "padfree._triton": {"padfree"},
+    f"{BENCH}.measuring": set(),
+    f"{BENCH}.peers": {f"{BENCH}.measuring"},
+    f"{BENCH}.compiled": {f"{BENCH}.measuring"},
+    f"{BENCH}.reports": {f"{BENCH}.measuring"},
+    f"{BENCH}.tuning": {f"{BENCH}.{name}" for name in ("measuring", "peers", "compiled")},
+    f"{BENCH}.suites": {
+        f"{BENCH}.{name}" for name in ("measuring", "peers", "compiled", "reports", "tuning")
+    },
+    "imdb_classifier.data": {"imdb_classifier"},
+    "imdb_classifier.checkpoints": {"imdb_classifier", "imdb_classifier.data"},
+    "imdb_classifier.training": {f"imdb_classifier{name}" for name in ("", ".data", ".checkpoints")},
+    "imdb_classifier": set(),
+}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_folder_imports_only_the_folders_beneath_it(folder):
+    package = folder.partition(".")[0]
+    seen = 0
+    for module, imported in import_graph().items():
+        if folder_of(module) != folder:
+            continue
+        seen += 1
+        others = {folder_of(m) for m in imported if m.startswith(package)} - {folder}
+        if package == "imdb_classifier" and folder == package:
+            others -= {package}
+        assert others <= MAY_IMPORT[folder], f"{module} imports {sorted(others - MAY_IMPORT[folder])}"
+    assert seen, f"no module in {folder}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {name: set(imported) for name, imported in import_graph().items()}
+    while leaves := {name for name, imported in graph.items() if not imported & graph.keys()}:
+        graph = {name: imported for name, imported in graph.items() if name not in leaves}
+    assert not graph, f"a circle runs through some of {sorted(graph)}"
+
+
+def test_the_kernels_know_no_classifier_and_the_classifier_no_benchmark():
+    order = ["padfree", "imdb_classifier", "padfree_bench"]
+    for module, imported in import_graph().items():
+        above = set(order[order.index(module.partition(".")[0]) + 1 :])
+        assert not top_level(imported) & above, module
+
+
+def test_every_folder_says_what_lives_there_and_what_it_may_import():
+    for name, path in modules_of_the_house().items():
+        if path.name == "__init__.py" and "." in name:
+            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            assert "import" in said and 2 <= len(said.splitlines()) <= 6, path.relative_to(ROOT)
+
+
+def test_no_folder_holds_more_than_a_third_of_the_house():
+    lines: dict[str, int] = {}
+    for module, path in modules_of_the_house().items():
+        lines[folder_of(module)] = lines.get(folder_of(module), 0) + len(path.read_text().splitlines())
+    largest = max(lines, key=lambda folder: lines[folder])
+    assert lines[largest] < 0.35 * sum(lines.values()), largest
 
 
 def test_padfree_knows_torch_and_triton_only():

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import padfree
 from padfree._triton import operators
-from padfree._triton.operators import Options, dropout_seed, ops
+from padfree._triton.autograd import KernelOptions, dropout_seed
+from padfree._triton.operators import ops
 from padfree.testing import make_inputs, run
 
 kernel = partial(padfree.attention, impl="triton")
@@ -52,7 +53,7 @@ def op_arguments(case: str, device: torch.device) -> tuple[Any, ...]:
         attn_mask = torch.rand(3, 1, 7, 7, device=device) < 0.3
     dropout_p = 0.3 if case == "dropout" else 0.0
     window = {"causal": (None, 0), "window": (2, 3)}.get(case)
-    options = Options.of(query, None, dropout_p, window, case == "skipped queries")
+    options = KernelOptions.of(query, None, dropout_p, window, case == "skipped queries")
     seed = dropout_seed(query, options)
     return (
         query, key, value, inputs.key_padding_mask, attn_mask, seed,
@@ -79,7 +80,7 @@ def test_the_operators_pass_all_checks_of_opcheck(case, device):
 
 def test_the_operator_of_a_fused_buffer_passes_all_checks_of_opcheck(device):
     qkv = torch.randn(3, 7, 3, 2, 8, device=device)
-    options = Options.of(qkv, None, 0.0, None, False)
+    options = KernelOptions.of(qkv, None, 0.0, None, False)
     call = (None, None, None, None, None, 7, 7, *options)
     out, lse2 = ops.forward(*qkv.permute(2, 0, 3, 1, 4).unbind(0), *call)
     checked = torch.library.opcheck(
@@ -249,7 +250,7 @@ def test_a_call_allocates_its_results_and_one_number_a_row_more(queries, skip, d
     )
     arguments = (inputs.query, inputs.key, inputs.value, inputs.key_padding_mask)
     rows = batch * heads * queries
-    options = Options.of(inputs.query, None, 0.0, None, skip and queries == keys)
+    options = KernelOptions.of(inputs.query, None, 0.0, None, skip and queries == keys)
     call = (*arguments, None, None, None, None, queries, keys, *options)
     with Allocations() as forward:
         out, lse2 = operators._forward(*call)

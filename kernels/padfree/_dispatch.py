@@ -24,11 +24,11 @@ def compute(call: Arguments, impl: str) -> tuple[Tensor, Tensor | None]:
     """out [B, H, M, D], and the LSE [B, H, M] where the options ask for it."""
     if choose_impl(impl, call.query) == "reference":
         return attend_without_kernel(call, impl)
-    from padfree._triton import operators
+    from padfree._triton.autograd import KernelOptions, run
 
     dropout_p, scale, window, skip_padded_queries, return_lse = call.options
-    options = operators.Options.of(call.query, scale, dropout_p, window, skip_padded_queries)
-    out, lse2 = operators.run(*call[:5], options, call.packing)
+    options = KernelOptions.of(call.query, scale, dropout_p, window, skip_padded_queries)
+    out, lse2 = run(*call[:5], options, call.packing)
     return out, lse2 * LN2 if return_lse else None
 
 

@@ -87,10 +87,10 @@ def attention_qkvpacked(
         call = Arguments(*split_qkv(qkv), padding, None, options, packing)
         out, lse = attend_without_kernel(call, impl)
     else:
-        from padfree._triton import operators
+        from padfree._triton.autograd import KernelOptions, run_qkvpacked
 
-        kernel_options = operators.Options.of(qkv, scale, dropout_p, window, skip_padded_queries)
-        out, lse2 = operators.run_qkvpacked(qkv, padding, kernel_options, packing)
+        kernel_options = KernelOptions.of(qkv, scale, dropout_p, window, skip_padded_queries)
+        out, lse2 = run_qkvpacked(qkv, padding, kernel_options, packing)
         lse = lse2 * LN2 if return_lse else None
     out = out.transpose(1, 2)
     if packing is not None:

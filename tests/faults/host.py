@@ -6,6 +6,7 @@ from faults.fault import Fault
 
 launch = partial(Fault, file="_triton/call.py")
 op = partial(Fault, file="_triton/operators.py")
+autograd = partial(Fault, file="_triton/autograd.py")
 checks = partial(Fault, file="_checks.py")
 arguments = partial(Fault, file="_arguments.py")
 packed = partial(Fault, file="packed.py")
@@ -64,33 +65,34 @@ FAULTS = [
         "kernels launch for empty batches", "empty sizes",
         fragment="return self.batch == 0 or self.heads == 0 or self.max_q == 0 or self.query.shape[2] == 0", replacement="return False",
     ),
-    op(
+    autograd(
         "a negative scale is taken as positive", "scale",
         fragment="query * (-1.0 if options.scale else 0.0)", replacement="query",
     ),
-    op(
+    autograd(
         "the gradient of the LSE is dropped", "saved tensors",
         fragment="ops.backward(out, lse2, d_out, d_lse2,", replacement="ops.backward(out, lse2, d_out, None,",
     ),
-    op(
+    autograd(
         "a missing gradient of out is taken as ones", "saved tensors",
-        fragment="d_out = torch.zeros_like(out)", replacement="d_out = torch.ones_like(out)", count=2,
+        fragment="d_out = torch.zeros_like(out)", replacement="d_out = torch.ones_like(out)", count=3,
     ),
-    op(
+    autograd(
         "the mask's gradient is computed only with the query's", "saved tensors",
-        fragment="mask_needs = ctx.needs_input_grad[4]", replacement="mask_needs = ctx.needs_input_grad[4] and ctx.needs_input_grad[0]",
+        fragment="mask_needs = ctx.needs_input_grad[4]", replacement="mask_needs = ctx.needs_input_grad[4] and ctx.needs_input_grad[0]", count=2,
     ),
-    op(
+    autograd(
         "second derivatives are not refused", "wrapper",
         fragment="if torch.is_grad_enabled():", replacement="if False:",
     ),
-    op(
+    autograd(
         "backward draws a dropout seed of its own", "dropout",
         fragment="        mask_needs = ctx",
         replacement="        tensors[5] = None if tensors[5] is None else torch.randint(2**62, (1,), device=out.device)\n"
         "        mask_needs = ctx",
+        count=2,
     ),
-    op(
+    autograd(
         "the dropout seed does not follow torch's generator", "dropout",
         fragment="return torch.randint(2**62, (1,), device=like.device)", replacement="return torch.full((1,), 7, device=like.device)",
     ),

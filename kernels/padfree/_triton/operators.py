@@ -1,40 +1,19 @@
-"""Operators and autograd: the only file that knows torch.library.
+"""The operators padfree::forward and padfree::backward, opaque to torch.compile and export.
 
-`padfree::forward` and `padfree::backward` are opaque to torch.compile and export; an `autograd.Function` joins
-them. All tensors are in the padded form of `call.Call`; `run` and `run_qkvpacked` are what the entry points call.
+All tensors are in the padded form of `call.Call`. This is the only file that knows torch.library; `autograd` joins the
+operators.
 """
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from padfree._arguments import Packing, Window, split_qkv
+from padfree._arguments import split_qkv
 from padfree._triton.backward import launch_backward
-from padfree._triton.call import OPEN, Call, heads_last
+from padfree._triton.call import Call, heads_last
 from padfree._triton.forward import launch_forward
 from padfree._triton.single_query import launch_single_query_backward, launch_single_query_forward
-
-# A window side beyond any sequence.
-FAR = 2**31 - 1
-
-
-class Options(NamedTuple):
-    scale: float
-    dropout_p: float
-    left: int
-    right: int
-    skip_padded_queries: bool
-
-    @classmethod
-    def of(
-        cls, query: Tensor, scale: float | None, dropout_p: float, window: Window, skip: bool
-    ) -> "Options":
-        left, right = (OPEN if side is None else min(side, FAR) for side in window or (None, None))
-        return cls(
-            float(query.shape[-1] ** -0.5 if scale is None else scale), float(dropout_p), left, right, skip
-        )
-
 
 SHARED_SCHEMA = (
     "Tensor? padding, Tensor? attn_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -137,154 +116,3 @@ for name, launch, fake in (
     torch.library.register_fake(f"padfree::{name}", fake, lib=library)
 
 ops = torch.ops.padfree
-
-
-def _forward_and_save(
-    ctx: Any, inputs: tuple[Tensor | None, ...], tensors: tuple[Tensor | None, ...], scalars: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
-    """Run the forward on `tensors` and keep `inputs`, which are what gradients are owed to."""
-    out, lse2 = ops.forward(*tensors, *scalars)
-    ctx.save_for_backward(*inputs, out, lse2)
-    ctx.scalars = scalars
-    ctx.set_materialize_grads(False)
-    return out, lse2
-
-
-def refuse_double_backward() -> None:
-    """Grad mode is on inside a backward only under create_graph=True."""
-    if torch.is_grad_enabled():
-        refuse_second_derivative()
-
-
-def refuse_second_derivative() -> NoReturn:
-    raise RuntimeError(
-        "padfree's kernel is differentiable once; for create_graph=True (double backward) use impl='reference'"
-    )
-
-
-class Attention(torch.autograd.Function):
-    """(query, key, value, then the arguments of SHARED_SCHEMA) -> (out, lse2).
-
-    Arguments are spelled out for torch.compile, which reads the signature; a setup_context of its own would cost each
-    call an `inspect.signature`, half of the forward's host time: `_functional` has one. Dynamo traces no Function with a
-    jvp of its own, so forward mode is refused in PyTorch's words.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        padding: Tensor | None,
-        attn_mask: Tensor | None,
-        seed: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        max_q: int,
-        max_k: int,
-        scale: float,
-        dropout_p: float,
-        left: int,
-        right: int,
-        skip_padded_queries: bool,
-    ) -> tuple[Tensor, Tensor]:
-        tensors = query, key, value, padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k
-        scalars = max_q, max_k, scale, dropout_p, left, right, skip_padded_queries
-        return _forward_and_save(ctx, tensors, tensors, scalars)
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse2: Tensor | None) -> tuple[Any, ...]:
-        refuse_double_backward()
-        *tensors, out, lse2 = ctx.saved_tensors
-        d_out = torch.zeros_like(out) if d_out is None else d_out
-        mask_needs = ctx.needs_input_grad[4]
-        dq, dk, dv, d_attn_mask = ops.backward(out, lse2, d_out, d_lse2, *tensors, *ctx.scalars, mask_needs)
-        return dq, dk, dv, None, d_attn_mask if mask_needs else None, *[None] * (len(ctx.scalars) + 3)
-
-
-class AttentionQKVPacked(torch.autograd.Function):
-    """(qkv, then the arguments of SHARED_SCHEMA) -> (out, lse2), with one gradient buffer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        padding: Tensor | None,
-        attn_mask: Tensor | None,
-        seed: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        max_q: int,
-        max_k: int,
-        scale: float,
-        dropout_p: float,
-        left: int,
-        right: int,
-        skip_padded_queries: bool,
-    ) -> tuple[Tensor, Tensor]:
-        shared = padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k
-        scalars = max_q, max_k, scale, dropout_p, left, right, skip_padded_queries
-        return _forward_and_save(ctx, (qkv, *shared), (*split_qkv(qkv), *shared), scalars)
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse2: Tensor | None) -> tuple[Any, ...]:
-        refuse_double_backward()
-        *tensors, out, lse2 = ctx.saved_tensors
-        d_out = torch.zeros_like(out) if d_out is None else d_out
-        d_qkv = ops.backward_qkvpacked(out, lse2, d_out, d_lse2, *tensors, *ctx.scalars)
-        return d_qkv, *[None] * (len(ctx.scalars) + 5)
-
-
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: Tensor | None,
-    attn_mask: Tensor | None,
-    options: Options,
-    packing: Packing | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute checked arguments in the padded form: (out, lse2). The kernels want a positive scale."""
-    if options.scale <= 0:
-        query, options = (
-            query * (-1.0 if options.scale else 0.0),
-            options._replace(scale=abs(options.scale) or 1.0),
-        )
-    if attn_mask is not None:
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
-    cu_q, cu_k, max_q, max_k = packing or (None, None, query.shape[2], key.shape[2])
-    query, key, value, cu_q, cu_k = distinct(query, key, value, cu_q, cu_k)
-    seed = dropout_seed(query, options)
-    function: type[torch.autograd.Function] = Attention
-    if torch._C._are_functorch_transforms_active():
-        from padfree._triton.functional import FunctionalAttention as function
-    return function.apply(query, key, value, padding, attn_mask, seed, cu_q, cu_k, max_q, max_k, *options)
-
-
-def run_qkvpacked(
-    qkv: Tensor, padding: Tensor | None, options: Options, packing: Packing | None
-) -> tuple[Tensor, Tensor]:
-    """Compute one checked qkv buffer: (out in the padded form, lse2)."""
-    if options.scale <= 0 or torch._C._are_functorch_transforms_active():
-        return run(*split_qkv(qkv), padding, None, options, packing)
-    cu_q, cu_k, max_q, max_k = packing or (None, None, qkv.shape[1], qkv.shape[1])
-    cu_q, cu_k = distinct(cu_q, cu_k)
-    seed = dropout_seed(qkv, options)
-    return AttentionQKVPacked.apply(qkv, padding, None, seed, cu_q, cu_k, max_q, max_k, *options)
-
-
-def distinct(*tensors: Tensor | None) -> list[Any]:
-    """The tensors, a repeated one as a view of itself: torch.compile refuses a Function's argument given twice."""
-    kept: list[Tensor | None] = []
-    for tensor in tensors:
-        repeated = tensor is not None and any(tensor is other for other in kept)
-        kept.append(tensor.view_as(tensor) if repeated and tensor is not None else tensor)
-    return kept
-
-
-def dropout_seed(like: Tensor, options: Options) -> Tensor | None:
-    """[1] int64 drawn on the device by torch's generator: follows manual_seed, checkpointing and graph replay."""
-    if options.dropout_p == 0:
-        return None
-    return torch.randint(2**62, (1,), device=like.device)
