@@ -7,6 +7,7 @@ is stretched by one stride at a time; the results must equal, bit for bit, those
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def compute(inputs: dict[str, Tensor], outputs: dict[str, Tensor], queries: int 
 
 
 def _fields(call: Call) -> list[Any]:
-    return [getattr(call, name) for name in Call.__slots__]
+    return [getattr(call, field.name) for field in fields(call)]
 
 
 # what the backward allocates like the LSE, with its strides

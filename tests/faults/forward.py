@@ -33,12 +33,12 @@ FAULTS = [
     ),
     forward(
         "rows that see nothing divide by zero", "masked rows",
-        fragment="result = tl.where(live_m[:, None], state.acc, 0.0) * (1.0 / (row_sum * kept))[:, None]",
-        replacement="result = state.acc * (1.0 / (state.row_sum * kept))[:, None]",
+        fragment="result = tl.where(live_m[:, None], state.acc, 0.0) * (1.0 / (row_sum * keep_probability))[:, None]",
+        replacement="result = state.acc * (1.0 / (state.row_sum * keep_probability))[:, None]",
     ),
     forward(
         "kept weights are not scaled up", "dropout",
-        fragment="kept = 1.0 if inputs.dropout.seed_ptr is None else 1.0 - inputs.dropout.p", replacement="kept = 1.0",
+        fragment="keep_probability = 1.0 if inputs.dropout.seed_ptr is None else 1.0 - inputs.dropout.p", replacement="keep_probability = 1.0",
     ),
     forward(
         "dropout counts in the softmax denominator", "dropout",

@@ -210,7 +210,7 @@ FAULTS = [
     ),
     tiles(
         "sequence 0's padding hides every sequence's keys", "addressing",
-        fragment="Head(k, v, b * inputs.padding.strides[0],", replacement="Head(k, v, 0 * inputs.padding.strides[0],",
+        fragment="padding_start = b * inputs.padding.strides[0]", replacement="padding_start = 0 * inputs.padding.strides[0]",
     ),
     tiles(
         "the mask's last stride is taken as 1", "addressing",
@@ -231,7 +231,7 @@ FAULTS = [
     ),
     tiles(
         "the attn_mask of head 0 serves every head", "addressing",
-        fragment="mask_start = b * inputs.attn_mask.strides[0] + h * inputs.attn_mask.strides[1]", replacement="mask_start = b * inputs.attn_mask.strides[0]",
+        fragment="return b * inputs.attn_mask.strides[0] + h * inputs.attn_mask.strides[1]", replacement="return b * inputs.attn_mask.strides[0]",
     ),
     tiles(
         "the LSE's offset is 32 bits wide", "offset width",

@@ -28,7 +28,7 @@ class Window(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """B, H, M and N; of packed sequences M and N are the longest, and [B + 1] int32 say where each begins."""
+    """B, H, M and N; for packed sequences M and N are the maximum lengths, and cu_q_ptr and cu_k_ptr hold [B + 1] int32 offsets."""
 
     sequences: Any
     heads: Any
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 class Inputs(NamedTuple):
     """One attention call: q [B,H,M,D], k and v [B,H_kv,N,D], padding [B,N] and attn_mask [B,H,M,N].
 
-    padding and a bool attn_mask are bytes, not 0 where a key is hidden; a float attn_mask is added to the scores.
+    padding and a bool attn_mask are stored as bytes, nonzero where a key is hidden; a float attn_mask is added to the scores.
     `scale2` is scale * log2(e).
     """
 
@@ -58,9 +58,11 @@ class Inputs(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a kernel is compiled for: the sides of its tiles, and how rows are read.
+    """What a kernel is compiled for.
 
-    BLOCK_D is HEAD_DIM rounded up to a power of two; GROUP query heads share a key head; strides are multiples of ALIGN.
+    BLOCK_M query rows and BLOCK_N keys are a tile; BLOCK_D is HEAD_DIM rounded up to a power of two. GROUP query heads
+    share a key head. SKIP_QUERIES leaves out rows at padded positions. PRECISION is that of tl.dot for fp32 operands
+    ("ieee" or "tf32"), and strides are multiples of ALIGN.
     """
 
     HEAD_DIM: int

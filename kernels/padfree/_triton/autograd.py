@@ -44,7 +44,7 @@ def _forward_and_save(
 
 
 def refuse_double_backward() -> None:
-    """Grad mode is on inside a backward only under create_graph=True."""
+    """Raise under create_graph=True, the only case in which grad mode is on inside a backward."""
     if torch.is_grad_enabled():
         refuse_second_derivative()
 
@@ -93,7 +93,8 @@ class Attention(torch.autograd.Function):
         d_out = torch.zeros_like(out) if d_out is None else d_out
         mask_needs = ctx.needs_input_grad[4]
         dq, dk, dv, d_attn_mask = ops.backward(out, lse2, d_out, d_lse2, *tensors, *ctx.scalars, mask_needs)
-        return dq, dk, dv, None, d_attn_mask if mask_needs else None, *[None] * (len(ctx.scalars) + 3)
+        # No gradient for the padding, nor for seed, cu_seqlens_q, cu_seqlens_k and the scalars.
+        return dq, dk, dv, None, d_attn_mask if mask_needs else None, *[None] * (3 + len(ctx.scalars))
 
 
 class AttentionQKVPacked(torch.autograd.Function):
@@ -126,7 +127,8 @@ class AttentionQKVPacked(torch.autograd.Function):
         *tensors, out, lse2 = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
         d_qkv = ops.backward_qkvpacked(out, lse2, d_out, d_lse2, *tensors, *ctx.scalars)
-        return d_qkv, *[None] * (len(ctx.scalars) + 5)
+        # No gradient for padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k and the scalars.
+        return d_qkv, *[None] * (5 + len(ctx.scalars))
 
 
 def refuse_forward_mode(ctx: Any, *tangents: Any) -> NoReturn:
@@ -159,7 +161,8 @@ class FunctionalAttention(torch.autograd.Function):
         dq, dk, dv, d_attn_mask = FunctionalBackward.apply(
             out, lse2, d_out, d_lse2, *tensors, *ctx.scalars, mask_needs
         )
-        return dq, dk, dv, None, d_attn_mask if mask_needs else None, *[None] * (len(ctx.scalars) + 3)
+        # No gradient for the padding, nor for seed, cu_seqlens_q, cu_seqlens_k and the scalars.
+        return dq, dk, dv, None, d_attn_mask if mask_needs else None, *[None] * (3 + len(ctx.scalars))
 
 
 class FunctionalBackward(torch.autograd.Function):

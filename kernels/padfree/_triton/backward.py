@@ -29,12 +29,11 @@ def launch_backward(
     is_fp32, wants_mask = query.dtype == torch.float32, d_attn_mask is not None
     delta = torch.empty_like(lse2)
     inverse = torch.empty_like(lse2) if is_fp32 or wants_mask else None
-    refined = torch.empty_like(lse2) if wants_mask and not is_fp32 else None
+    corrected = torch.empty_like(lse2) if wants_mask and not is_fp32 else None
     with on_device(query):
-        launch_query_gradient(call, out, lse2, d_out, d_lse2, delta, inverse, refined, dq)
+        launch_query_gradient(call, out, lse2, d_out, d_lse2, delta, inverse, corrected, dq)
         if not no_keys:
-            kept = inverse if is_fp32 else None
-            launch_key_gradient(call, lse2, d_out, delta, kept, dk, dv)
+            launch_key_gradient(call, lse2, d_out, delta, inverse if is_fp32 else None, dk, dv)
         if d_attn_mask is not None and inverse is not None:
-            fitting = delta if refined is None else refined
+            fitting = delta if corrected is None else corrected
             launch_attn_mask_gradient(call, lse2, d_out, fitting, inverse, d_attn_mask)

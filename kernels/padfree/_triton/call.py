@@ -76,16 +76,19 @@ class Call:
     def extras(self, passname: str) -> int:
         """How many things the pass holds in registers beside a tile of scores."""
         head_dim = self.query.shape[3]
-        wide_window = (self.left, self.right) != (OPEN, OPEN) and head_dim > 64
+        window_at_wide_head = (self.left, self.right) != (OPEN, OPEN) and head_dim > 64
         # dk and dv are held across the query heads that share them
         grouped = passname == "key_gradient" and self.heads != self.kv_heads
         return (
-            (self.attn_mask is not None) + (self.seed is not None) + (wide_window or grouped) + self.unaligned
+            (self.attn_mask is not None)
+            + (self.seed is not None)
+            + (window_at_wide_head or grouped)
+            + self.unaligned
         )
 
     @property
     def unaligned(self) -> bool:
-        """Strides have no say: another layout of the same numbers must give the same bits."""
+        """Judged from head_dim alone, so that another layout of the same numbers gives the same bits."""
         return self.query.shape[3] % 8 != 0
 
     def config(self, passname: str) -> Config:

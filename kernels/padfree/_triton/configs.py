@@ -239,12 +239,13 @@ def choose(
 ) -> Config:
     """The configuration of one call: that of its row, narrowed where it holds more than a tile of scores.
 
-    `length` is the padded (or maximal) number of keys. Each of the `extras` (attn_mask, dropout, a wide window or grouped
-    heads, unaligned rows) holds registers beside a tile of scores. A call with any walks a short sequence's tiles in half
-    steps, quarter ones if rows are unaligned and something else is held. In half precision it does without a pipeline,
-    beside which ptxas serializes the matrix instructions of many such calls (NOTES.md, 2026-11-26); several extras, or
-    unaligned rows, also take the registers of 8 warps there, although those of a 64-row tile then compute everything
-    twice: right and rare, not fast.
+    `length` is the padded (or maximal) number of keys. Each of the `extras` (attn_mask, dropout, a window at a wide head or
+    grouped heads, unaligned rows) holds registers beside a tile of scores. With any of them a pass of WALKS takes half
+    the step along the side it walks, a quarter if rows are unaligned and something else is held, but at least 16. In half
+    precision it takes one stage, because beside a pipeline ptxas serializes the matrix instructions of many such calls
+    (NOTES.md, 2026-11-26), and in fp32 at most two. Single queries with extras, and in half precision calls with several
+    extras or unaligned rows, take the registers of 8 warps, although those of a 64-row tile then compute everything twice:
+    right and rare, not fast.
     """
     config = row_for(passname, dtype, head_dim, length, architecture(device), extras > 0).config
     if not extras or passname not in WALKS:

@@ -78,15 +78,15 @@ def attention_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
         tl.full((BLOCK_M,), float("-inf"), tl.float32),
         tl.zeros((BLOCK_M,), tl.float32),
     )
-    has_left_edge: tl.constexpr = inputs.window.left is not None
-    state = walk(attend, state, Rows(m, live_m, q), head, inputs, span, has_left_edge, TILE.BLOCK_N, TILE)
+    HAS_LEFT_EDGE: tl.constexpr = inputs.window.left is not None
+    state = walk(attend, state, Rows(m, live_m, q), head, inputs, span, HAS_LEFT_EDGE, TILE.BLOCK_N, TILE)
 
     # NaN in a row's scores leaves it without a maximum, but not without a sum: it must come out NaN, not 0.
     live_m = live_m & (state.row_sum != 0.0)
     row_sum = tl.where(live_m, state.row_sum, 1.0)
-    kept = 1.0 if inputs.dropout.seed_ptr is None else 1.0 - inputs.dropout.p
+    keep_probability = 1.0 if inputs.dropout.seed_ptr is None else 1.0 - inputs.dropout.p
     # One reciprocal a row, where a division an element costs four instructions each.
-    result = tl.where(live_m[:, None], state.acc, 0.0) * (1.0 / (row_sum * kept))[:, None]
+    result = tl.where(live_m[:, None], state.acc, 0.0) * (1.0 / (row_sum * keep_probability))[:, None]
     store_tile(at_row(out, b, h, sequence.q_start, TILE), result, m_first, in_m, BLOCK_M, TILE)
     factor = inputs.scale2
     if inputs.attn_mask.ptr is not None and inputs.attn_mask.ptr.dtype.element_ty != tl.uint8:

@@ -30,6 +30,7 @@ from padfree._triton.tiles import (
     load_keep_n,
     load_lse2,
     load_tile,
+    mask_offset,
     owned_tile,
     row_offset,
     sequence_of,
@@ -62,7 +63,7 @@ class QueryHead(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dS ᵀ @ q and Pᵀ @ d_out so far, [BLOCK_N, BLOCK_D]."""
+    """dSᵀ @ q and Pᵀ @ d_out so far, [BLOCK_N, BLOCK_D]."""
 
     dk: Any
     dv: Any
@@ -73,7 +74,8 @@ def accumulate_dkv(grads, keys, head, inputs, start, stop, MASKED: tl.constexpr,
     """dv += Pᵀ @ d_out, dk += dSᵀ @ q over the tile of query rows at `start`, scores held as [keys, rows].
 
     A padded key touches only its own row of dk and dv, so padding needs no mask here: those rows are cleared once at the
-    end. Without MASKED every row lies in range and sees a key.
+    end. Without MASKED every row exists. It may still see no key where padding fills this whole tile of keys; then its
+    weights are infinite, and the clearing discards what they gave.
     """
     n, in_n, window = keys.n, keys.in_n, inputs.window
     m = start + tl.arange(0, TILE.BLOCK_M)
@@ -81,10 +83,10 @@ def accumulate_dkv(grads, keys, head, inputs, start, stop, MASKED: tl.constexpr,
         lse2, live_m = load_lse2(head.lse2_ptr, m, m < stop)
         delta = tl.load(head.delta_ptr + m, mask=live_m, other=0.0)
     elif is_hip() or TILE.BLOCK_M < 64:
-        # Triton's passes for AMD fail on pointers joined, and fewer than 128 numbers are not worth it (below).
+        # Triton's passes for AMD fail on joined pointers, and for fewer than 128 numbers the joined load does not pay.
         lse2, live_m, delta = tl.load(head.lse2_ptr + m), None, tl.load(head.delta_ptr + m)
     else:
-        # One load of both: of fewer numbers than threads Triton 3.6.0 hands all to every thread, 4 bytes at a time.
+        # One load of both: given fewer numbers than threads, Triton 3.6.0 loads all of them in every thread, 4 bytes at a time.
         live_m = None
         lse2, delta = tl.split(tl.load(tl.join(head.lse2_ptr + m, head.delta_ptr + m)))
     q = load_tile(head.q, start, live_m, TILE.BLOCK_M, TILE)
@@ -148,7 +150,7 @@ def key_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, dk, dv, TIL
         tl.zeros((BLOCK_N, BLOCK_D), tl.float32),
         tl.zeros((BLOCK_N, BLOCK_D), tl.float32),
     )
-    has_leading_edge: tl.constexpr = window.right is not None
+    HAS_LEADING_EDGE: tl.constexpr = window.right is not None
     for g in range(TILE.GROUP):
         h = kv_h * TILE.GROUP + g
         first_row = row_offset(lse2, sequence, h)
@@ -158,10 +160,10 @@ def key_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, dk, dv, TIL
             lse2.ptr + first_row,
             delta_ptr + first_row,
             None if inverse_ptr is None else inverse_ptr + first_row,
-            b * inputs.attn_mask.strides[0] + h * inputs.attn_mask.strides[1],
+            mask_offset(inputs, b, h),
             dropout_stream(inputs, b, h),
         )
-        grads = walk(accumulate_dkv, grads, keys, head, inputs, span, has_leading_edge, TILE.BLOCK_M, TILE)
+        grads = walk(accumulate_dkv, grads, keys, head, inputs, span, HAS_LEADING_EDGE, TILE.BLOCK_M, TILE)
     dk_tile = tl.where(keep_n[:, None], grads.dk * inputs.scale, 0.0)
     dv_tile = tl.where(keep_n[:, None], grads.dv, 0.0)
     store_tile(at_row(dk, b, kv_h, sequence.k_start, TILE), dk_tile, n_first, in_n, BLOCK_N, TILE)
@@ -178,7 +180,7 @@ def launch_key_gradient(
     dv: Tensor,
     config: Config | None = None,
 ) -> None:
-    """Write dk and dv in one launch."""
+    """Write dk and dv in one launch, on the current device."""
     config = config or call.config("key_gradient")
     key_gradient_kernel[call.grid(call.max_k, config.block_n, call.kv_heads)](
         inputs=call.inputs,

@@ -21,15 +21,15 @@ SHARED_SCHEMA = (
 )
 # How many of the operator's arguments are tensors, which come first: query to cu_seqlens_k.
 TENSORS = 8
-SAVED_SCHEMA = "Tensor out, Tensor lse2, Tensor d_out, Tensor? d_lse2"
+BACKWARD_SCHEMA = "Tensor out, Tensor lse2, Tensor d_out, Tensor? d_lse2"
 
 library = torch.library.Library("padfree", "DEF")
 library.define(f"forward(Tensor query, Tensor key, Tensor value, {SHARED_SCHEMA}) -> (Tensor, Tensor)")
 library.define(
-    f"backward({SAVED_SCHEMA}, Tensor query, Tensor key, Tensor value, {SHARED_SCHEMA}, bool attn_mask_gradient)"
+    f"backward({BACKWARD_SCHEMA}, Tensor query, Tensor key, Tensor value, {SHARED_SCHEMA}, bool attn_mask_gradient)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-library.define(f"backward_qkvpacked({SAVED_SCHEMA}, Tensor qkv, {SHARED_SCHEMA}) -> Tensor")
+library.define(f"backward_qkvpacked({BACKWARD_SCHEMA}, Tensor qkv, {SHARED_SCHEMA}) -> Tensor")
 
 
 def _forward(*call: Any) -> tuple[Tensor, Tensor]:

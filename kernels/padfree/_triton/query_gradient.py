@@ -1,7 +1,7 @@
 """The gradient of the query, and what the passes after it read. DESIGN.md, "Backward".
 
-Grid as in the forward: a program owns its rows of dq, and of delta = rowsum(out * d_out) - log2(e) * d_lse2 and, for
-fp32, `inverse`. It recomputes the scores from q, k and lse2; sums run in one fixed order, so results repeat bit for bit.
+Grid as in the forward: a program owns its rows of dq and of delta = rowsum(out * d_out) - log2(e) * d_lse2. For fp32, and
+for attn_mask's gradient, also those of `inverse`, one over the row's recomputed weights (DESIGN.md, "fp32 gradients"). It recomputes the scores from q, k and lse2; sums run in one fixed order, so results repeat bit for bit.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from padfree._triton.tiles import (
 
 
 class Rows(NamedTuple):
-    """A program's query rows: as in the forward, what the forward left for them, and where more sums of theirs go."""
+    """A program's query rows: as in the forward, what the forward left for them, and where sums of theirs go."""
 
     m: Any
     live_m: Any
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     lse2: Any
     delta: Any
     inverse_ptr: Any
-    refined_ptr: Any
+    corrected_delta_ptr: Any
 
 
 class Sums(NamedTuple):
@@ -70,22 +70,23 @@ def accumulate_dq(sums, rows, head, inputs, start, stop, MASKED: tl.constexpr, T
     if rows.inverse_ptr is not None:
         prob_sum += tl.sum(probs, 1)
         d_score_sum += tl.sum(d_scores, 1)
-        if rows.refined_ptr is None:
+        if rows.corrected_delta_ptr is None:
             weighted_k = tl.dot(probs, k, weighted_k, input_precision=TILE.PRECISION)
     return Sums(dq, prob_sum, d_score_sum, weighted_k)
 
 
 @triton.jit
 def query_gradient_kernel(
-    inputs, out, lse2, d_out, d_lse2, delta_ptr, inverse_ptr, refined_ptr, dq, TILE: tl.constexpr
+    inputs, out, lse2, d_out, d_lse2, delta_ptr, inverse_ptr, corrected_delta_ptr, dq, TILE: tl.constexpr
 ):
-    """One tile of query rows: delta and dq = scale * dS @ k; for fp32 both made to fit the recomputed weights.
+    """One tile of query rows: delta and dq = scale * dS @ k.
 
-    out, d_out and dq [B,H,M,D]; lse2 and, with its strides, delta, inverse and refined [B,H,M] fp32. d_lse2, inverse and
-    refined may be None. With `refined` only what it receives, delta for attn_mask's gradient, is made to fit.
+    out, d_out and dq [B,H,M,D]; lse2 and, with its strides, delta, inverse and corrected_delta [B,H,M] fp32. d_lse2, inverse
+    and corrected_delta may be None. With `inverse` delta and dq are corrected for the rounding of the recomputed weights;
+    with `corrected_delta`, in half precision, only the delta that attn_mask's gradient reads is.
     """
     ROW_SUMS: tl.constexpr = inverse_ptr is not None
-    REFINE: tl.constexpr = inverse_ptr is not None and refined_ptr is None
+    REFINE: tl.constexpr = inverse_ptr is not None and corrected_delta_ptr is None
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_D: tl.constexpr = TILE.BLOCK_D
     sizes = inputs.sizes
@@ -115,16 +116,16 @@ def query_gradient_kernel(
         tl.zeros((BLOCK_M,), tl.float32),
         tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
     )
-    rows = Rows(m, live_m, q, d_out_tile, row_lse2, delta, inverse_ptr, refined_ptr)
-    has_left_edge: tl.constexpr = inputs.window.left is not None
-    sums = walk(accumulate_dq, sums, rows, head, inputs, span, has_left_edge, TILE.BLOCK_N, TILE)
+    rows = Rows(m, live_m, q, d_out_tile, row_lse2, delta, inverse_ptr, corrected_delta_ptr)
+    HAS_LEFT_EDGE: tl.constexpr = inputs.window.left is not None
+    sums = walk(accumulate_dq, sums, rows, head, inputs, span, HAS_LEFT_EDGE, TILE.BLOCK_N, TILE)
     result = sums.dq
     if ROW_SUMS:
         inverse, drift = refine(sums.probs, sums.d_scores, d_lse, live_m)
         tl.store(inverse_ptr + first_row + m, inverse, mask=in_m)
         if REFINE:
             result = (result - drift[:, None] * sums.weighted_k) * inverse[:, None]
-        tl.store((delta_ptr if REFINE else refined_ptr) + first_row + m, delta + drift, mask=in_m)
+        tl.store((delta_ptr if REFINE else corrected_delta_ptr) + first_row + m, delta + drift, mask=in_m)
     result = tl.where(live_m[:, None], result * inputs.scale, 0.0)
     store_tile(at_row(dq, b, h, sequence.q_start, TILE), result, m_first, in_m, BLOCK_M, TILE)
 
@@ -137,11 +138,11 @@ def launch_query_gradient(
     d_lse2: Tensor | None,
     delta: Tensor,
     inverse: Tensor | None,
-    refined: Tensor | None,
+    corrected_delta: Tensor | None,
     dq: Tensor,
     config: Config | None = None,
 ) -> None:
-    """Write dq, delta and, where given, inverse and refined, in one launch."""
+    """Write dq, delta and, where given, inverse and corrected_delta, in one launch on the current device."""
     config = config or call.config("query_gradient")
     query_gradient_kernel[call.grid(call.max_q, config.block_m, call.heads)](
         inputs=call.inputs,
@@ -151,7 +152,7 @@ def launch_query_gradient(
         d_lse2=call.view(d_lse2),
         delta_ptr=delta,
         inverse_ptr=inverse,
-        refined_ptr=refined,
+        corrected_delta_ptr=corrected_delta,
         dq=call.view(dq),
         **call.options(config, out, d_out, dq),
     )

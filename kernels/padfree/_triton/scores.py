@@ -81,8 +81,8 @@ def mask_of_head(inputs, head):
 def load_attn_mask(attn_mask, m, n, in_mn):
     """A head's attn_mask at rows m and keys n as it is stored; hidden outside in_mn.
 
-    Where a softmax follows, to be read before the dot: of two layouts that meet in a tile the compiler keeps that of the
-    later one, and both, with every exponent computed twice, where the mask's comes last.
+    Load it before the dot if a softmax follows. Where it is loaded last, the compiler keeps its layout beside that of the
+    dot and computes every exponential twice.
     """
     ptrs = attn_mask.ptr + m.to(tl.int64) * attn_mask.strides[2] + n.to(tl.int64) * attn_mask.strides[3]
     return tl.load(ptrs, mask=in_mn, other=1 if attn_mask.ptr.dtype.element_ty == tl.uint8 else float("-inf"))
@@ -92,13 +92,13 @@ def load_attn_mask(attn_mask, m, n, in_mn):
 def apply_attn_mask(scores, factor, attn_mask):
     """(scores, factor) after a tile of attn_mask: bytes that are not 0 hide, a float is added in base 2.
 
-    The factor is spent when a bias is added. A finite bias stays finite.
+    Adding a bias applies the factor, which becomes 1. A finite bias stays finite.
     """
     if attn_mask.dtype == tl.uint8:
         scores = hide(scores, attn_mask == 0)
     else:
         bias = attn_mask.to(tl.float32)
-        # No maximum: on a GPU that of NaN and a number is the number, and the NaN would hide its key without a word.
+        # Not tl.maximum: on a GPU the maximum of NaN and a number is the number, which would hide a NaN in the bias.
         bias2 = bias * LOG2E
         bias2 = tl.where((bias2 < LOWEST) & (bias > float("-inf")), LOWEST, bias2)
         scores = scale_add(scores, factor, bias2)
@@ -159,7 +159,7 @@ def dropout_stream(inputs, b, h):
 
 @triton.jit
 def dropout_keep(stream, m, n, dropout_p):
-    """True where a weight stays: Philox-2x32 at counter (n, m), so the same forward and backward in tiles of any size.
+    """True where a weight is kept: Philox-2x32 at counter (n, m), so the same forward and backward in tiles of any size.
 
     m and n broadcast; two instructions a round and weight, where 4x32 takes four for words nobody reads.
     """
@@ -171,6 +171,6 @@ def dropout_keep(stream, m, n, dropout_p):
 
 
 @triton.jit
-def drop(values, stays, dropout_p):
-    """The values that stay, scaled up to the same mean, and 0 for the others."""
-    return tl.where(stays, values * (1.0 / (1.0 - dropout_p)), 0.0)
+def drop(values, kept, dropout_p):
+    """The values that are kept, scaled up to the same mean, and 0 for the others."""
+    return tl.where(kept, values * (1.0 / (1.0 - dropout_p)), 0.0)

@@ -1,7 +1,7 @@
 """One query per sequence (M = 1, a CLS row against its sequence): vector arithmetic, no matrix tile to waste.
 
-Grid: one program per (sequence, head), forward and backward one launch each. Every lane of a key tile keeps a
-softmax of its own over the keys it has met; the lanes are joined once at the end. The backward owns every row
+Grid: one program per (sequence, head); forward and backward are one launch each, a float attn_mask's gradient one more.
+Every key slot (lane) of a tile keeps a softmax of its own over the keys it has met; the lanes are joined once at the end. The backward owns every row
 of dk and dv of its head, and its dq. DESIGN.md, "One query".
 """
 
@@ -106,15 +106,15 @@ def single_query_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
     # As in the forward: a NaN leaves no maximum, but a sum, and must not pass for a row that sees no key.
     live = row_sum != 0.0
     row_sum = tl.where(live, row_sum, 1.0)
-    kept = 1.0 if inputs.dropout.seed_ptr is None else 1.0 - inputs.dropout.p
-    result = tl.sum(acc * weight, 0)[None, :] / (row_sum * kept)[:, None]
+    keep_probability = 1.0 if inputs.dropout.seed_ptr is None else 1.0 - inputs.dropout.p
+    result = tl.sum(acc * weight, 0)[None, :] / (row_sum * keep_probability)[:, None]
     store_tile(at_row(out, b, h, q_start, TILE), result, 0, in_m, 1, TILE)
     row_lse2 = tl.where(live, row_max2 + tl.log2(row_sum), float("-inf"))
     tl.store(lse2.ptr + row_offset(lse2, sequence, h) + tl.arange(0, 1), row_lse2, mask=in_m)
 
 
 @triton.jit
-def key_gradients(query, head, inputs, sequence, start, TILE: tl.constexpr):
+def recompute_weights(query, head, inputs, sequence, start, TILE: tl.constexpr):
     """(probs, what dropout left of them, d_probs, each [BLOCK_N, 1], and k) of the tile at `start`."""
     scores2, k, keep_n = key_scores(query.q, head, inputs, sequence, start, TILE)
     v = load_tile(head.v, start, keep_n, TILE.BLOCK_N, TILE).to(tl.float32)
@@ -132,7 +132,7 @@ def key_gradients(query, head, inputs, sequence, start, TILE: tl.constexpr):
 def single_query_backward_kernel(
     inputs, out, lse2, d_out, d_lse2, delta_ptr, inverse_ptr, dq, dk, dv, TILE: tl.constexpr
 ):
-    """dq, dk and dv of one head's only query; scores are recomputed once, for fp32 twice.
+    """dq, dk and dv of one head's only query; scores are recomputed once, twice for fp32 or attn_mask's gradient.
 
     Arguments as in the backward, with M = 1 and as many key heads as query heads. delta and inverse are written for
     attn_mask's gradient, None where that is not wanted.
@@ -155,7 +155,7 @@ def single_query_backward_kernel(
     if IS_FP32 or inverse_ptr is not None:
         prob_sum, d_score_sum = tl.zeros((BLOCK_N, 1), tl.float32), tl.zeros((BLOCK_N, 1), tl.float32)
         for start in range(0, sequence.keys, BLOCK_N):
-            probs, _dropped, d_probs, _k = key_gradients(query, head, inputs, sequence, start, TILE)
+            probs, _dropped, d_probs, _k = recompute_weights(query, head, inputs, sequence, start, TILE)
             prob_sum += probs
             d_score_sum += probs * (d_probs - delta[None, :])
         fit, drift = refine(tl.sum(prob_sum, 0), tl.sum(d_score_sum, 0), d_lse, live)
@@ -168,7 +168,7 @@ def single_query_backward_kernel(
     dq_lanes = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dk, dv = at_row(dk, b, h, sequence.k_start, TILE), at_row(dv, b, h, sequence.k_start, TILE)
     for start in range(0, sequence.keys, BLOCK_N):
-        probs, dropped, d_probs, keys = key_gradients(query, head, inputs, sequence, start, TILE)
+        probs, dropped, d_probs, keys = recompute_weights(query, head, inputs, sequence, start, TILE)
         d_scores = probs * inverse[None, :] * (d_probs - delta[None, :])
         dq_lanes += d_scores * keys
         dk_tile, dv_tile = d_scores * query.q * inputs.scale, dropped * inverse[None, :] * query.d_out

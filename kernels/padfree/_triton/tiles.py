@@ -26,8 +26,10 @@ class Sequence(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What a query head of a sequence sees: its keys and values from their first row on, where the sequence stands in
-    the padding mask and the head in attn_mask, in elements, and the head's dropout stream."""
+    """What a query head of a sequence sees: its keys and values from their first row on, and its dropout stream.
+
+    padding_start and mask_start are where its rows of the padding mask and of attn_mask begin, in elements.
+    """
 
     k: View
     v: View
@@ -37,7 +39,10 @@ class Head(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Tiles to walk: an edge [lo, full_lo), full tiles [full_lo, full_hi) and an edge [full_hi, hi); none at `stop` or later."""
+    """What to walk: an edge [lo, full_lo), full tiles [full_lo, full_hi) and an edge [full_hi, hi).
+
+    Nothing at `stop` or later is visible.
+    """
 
     lo: Any
     full_lo: Any
@@ -92,8 +97,14 @@ def head_of(inputs, sequence, h, TILE: tl.constexpr):
     b, kv_h = sequence.b, h // TILE.GROUP
     k = at_row(inputs.k, b, kv_h, sequence.k_start, TILE)
     v = at_row(inputs.v, b, kv_h, sequence.k_start, TILE)
-    mask_start = b * inputs.attn_mask.strides[0] + h * inputs.attn_mask.strides[1]
-    return Head(k, v, b * inputs.padding.strides[0], mask_start, dropout_stream(inputs, b, h))
+    padding_start = b * inputs.padding.strides[0]
+    return Head(k, v, padding_start, mask_offset(inputs, b, h), dropout_stream(inputs, b, h))
+
+
+@triton.jit
+def mask_offset(inputs, b, h):
+    """Elements from attn_mask's first to those of head h of sequence b."""
+    return b * inputs.attn_mask.strides[0] + h * inputs.attn_mask.strides[1]
 
 
 @triton.jit
@@ -163,11 +174,11 @@ def keys_of_rows(inputs, sequence, head, m_first, m_last, TILE: tl.constexpr):
 
 @triton.jit
 def visible_range(own_first, own_last, first, stop, ragged, before, after, BLOCK: tl.constexpr):
-    """The Span of [first, stop) that sees positions own_first..own_last, in tiles of BLOCK.
+    """The Span of [first, stop), in tiles of BLOCK, that positions own_first..own_last see; i sees i - before .. i + after.
 
-    A position i sees i - before .. i + after. Every one of [full_lo, full_hi) sees all of own_first..own_last,
-    unless the range is `ragged`. Tiles start at `first`, so a sequence padded on the left has the tiles of the
-    same one padded on the right. Serves keys of a row tile, and with the window's sides swapped rows of a key tile.
+    Each of own_first..own_last sees all of [full_lo, full_hi), which is empty if the range is `ragged`. Tiles start at
+    `first`, so that a sequence padded on the left is cut into the same tiles as when it is padded on the right. It serves
+    the keys of a tile of rows and, with the window's sides swapped, the rows of a tile of keys.
     """
     lo, full_lo, full_stop, hi = first, first, stop, stop
     if before is not None:
@@ -189,7 +200,8 @@ def walk(
 ):  # fmt: skip
     """`state` after `step` has met every tile of the span: masked at the edges, unmasked and pipelined between them.
 
-    `own` is what the program holds of its own rows, `head` what it meets; only a window leaves an edge before the full tiles.
+    `own` holds the program's own rows or keys and `head` what it walks over. Only a window leaves an edge before the full
+    tiles.
     """
     if LEADING_EDGE:
         for start in tl.range(span.lo, span.full_lo, BLOCK, num_stages=1):
