@@ -36,9 +36,9 @@ class Loop(NamedTuple):
 @cache
 def class_of(opcode: str) -> str:
     """The class that names the whole opcode, else the first one that names its beginning, else "other"."""
-    classes = {name: tuple(prefixes.split()) for name, prefixes in CLASSES.items()}
-    whole = [name for name, prefixes in classes.items() if opcode in prefixes]
-    return next(iter(whole + [name for name in classes if opcode.startswith(classes[name])]), "other")
+    whole = [name for name, opcodes in CLASSES.items() if opcode in opcodes.split()]
+    begun = [name for name, opcodes in CLASSES.items() if opcode.startswith(tuple(opcodes.split()))]
+    return [*whole, *begun, "other"][0]
 
 
 def instruction_count(text: str) -> int:
