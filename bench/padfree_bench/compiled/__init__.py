@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time: their resources, their instructions, and what a cost model predicts of them.
+"""What the compiler makes of the kernels without a GPU: registers, instructions, and a model of their cost.
 
-It may import `measuring`; tuning, suites and gpu_round may import it.
+It may import `measuring` only; `tuning`, `suites`, gpu_round and the command line may import it.
 """

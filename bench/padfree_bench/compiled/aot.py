@@ -1,60 +1,44 @@
 """Compile the library's own launches for a GPU that is not there, and read what the compiler made of them.
 
-`compile_only("cuda", 90)` stands in for Triton's driver: inside it every launch of a padfree kernel is compiled
-with exactly the configuration and specialisation that the launcher would choose there, and not run. Works on
-any machine, with TRITON_INTERPRET unset before Triton is imported.
+`compile_only(90)` stands in for Triton's driver: inside it every launch of a padfree kernel is compiled with exactly
+the configuration and specialisation that the launcher would choose there, and not run. Works on any machine, with
+TRITON_INTERPRET unset before Triton is imported.
 """
 
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from tempfile import NamedTemporaryFile
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
-import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from padfree._triton import configs
+from padfree._triton.arguments import Tile
 
 Arch = int | str
-ARCHS: tuple[Arch, ...] = (80, 90, 100, "gfx942")
-WARP_SIZE = {"cuda": 32, "hip": 64}
 SHARED_LIMIT: dict[Arch, int] = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
-
-
-class NoDevice:
-    """The part of Triton's driver that compiling asks for."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        # Triton keeps compiled kernels by device: each architecture is one of its own.
-        return ARCHS.index(self.target.arch)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+ARCHS = tuple(SHARED_LIMIT)
 
 
 @dataclass
 class Compiled:
-    """One compiled kernel: its name, what it was compiled for, and the compiler's own outputs."""
+    """One compiled kernel: its name, what it was compiled for (no tile if not padfree's), and the compiler's outputs."""
 
     name: str
     arch: Arch
     kernel: Any
     grid: tuple[int, ...]
-    constants: dict[str, Any] = field(default_factory=dict)
+    tile: Tile | None
 
     @property
     def ttir(self) -> str:
@@ -63,7 +47,7 @@ class Compiled:
     @property
     def assembly(self) -> str:
         """PTX, or AMD's assembly."""
-        return self.kernel.asm["amdgcn" if backend_of(self.arch) == "hip" else "ptx"]
+        return self.kernel.asm.get("ptx") or self.kernel.asm["amdgcn"]
 
     @property
     def shared_bytes(self) -> int:
@@ -76,49 +60,41 @@ class Compiled:
     @cached_property
     def resources(self) -> dict[str, int]:
         """Registers a thread, stack bytes and spilled: from the cubin, or from AMD's assembly."""
-        return (
-            _gcn_usage(self.assembly)
-            if backend_of(self.arch) == "hip"
-            else _cubin_usage(self.kernel.asm["cubin"])
-        )
+        if "cubin" in self.kernel.asm:
+            names, text = ("REG", "STACK", "LOCAL"), self._tool_says("cuobjdump", "-res-usage")
+        else:
+            names = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+            text = self.assembly
+        numbers = [int(re.findall(rf"\b{name}:\s*(\d+)", text)[-1]) for name in names]
+        return dict(zip(("registers", "stack", "spills"), numbers, strict=True))
 
     @cached_property
     def serialized(self) -> str:
         """Why ptxas lets no wgmma of the kernel overlap another (its advisories C7510 to C7519); "" where it does."""
         if self.arch != 90:
             return ""  # wgmma is Hopper's alone
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(self.assembly)
-            file.flush()
-            command = [tool("ptxas"), "-arch=sm_90a", "-v", file.name, "-o", os.devnull]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = self._tool_says("ptxas", "-arch=sm_90a", "-v", "-o", os.devnull, stage="ptx")
         return ", ".join(dict.fromkeys(re.findall(r"\bC751\d\b", said)))
 
     @cached_property
     def sass(self) -> str:
         """nvdisasm's text of the cubin; empty for AMD."""
-        return (
-            ""
-            if backend_of(self.arch) == "hip"
-            else _run_tool("nvdisasm", "-c", cubin=self.kernel.asm["cubin"])
-        )
+        return self._tool_says("nvdisasm", "-c") if "cubin" in self.kernel.asm else ""
 
-
-def parse_arch(text: str) -> Arch:
-    """80, 90, 100 or gfx942 as the command line has it; ValueError for any other."""
-    arch: Arch = int(text) if text.isdigit() else text
-    if arch not in ARCHS:
-        raise ValueError(f"arch must be one of {', '.join(map(str, ARCHS))}, got {text!r}")
-    return arch
+    def _tool_says(self, tool: str, *options: str, stage: str = "cubin") -> str:
+        """What the CUDA tool that Triton would use prints about one stage of the compilation."""
+        code = self.kernel.asm[stage]
+        with NamedTemporaryFile(suffix=f".{stage}") as file:
+            file.write(code if isinstance(code, bytes) else code.encode())
+            file.flush()
+            command = [getattr(knobs.nvidia, tool).path, *options, file.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
 
 
 def arch_number(arch: Arch) -> int:
     """The architecture as the configuration table names it."""
     return arch if isinstance(arch, int) else int(arch.removeprefix("gfx"), 16)
-
-
-def backend_of(arch: Arch) -> str:
-    return "cuda" if isinstance(arch, int) else "hip"
 
 
 def why_not_compile() -> str | None:
@@ -133,55 +109,27 @@ def compile_only(arch: Arch, wanted: tuple[str, ...] | None = None) -> Iterator[
     """Collect what launches inside the block, of the `wanted` kernels if named, would run on this architecture."""
     if reason := why_not_compile():
         raise RuntimeError(reason)
-    target = GPUTarget(backend_of(arch), arch, WARP_SIZE[backend_of(arch)])
     compiled: list[Compiled] = []
-    run, architecture, previous = JITFunction.run, configs.architecture, driver._active
+    run = JITFunction.run
 
-    def warm_up(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        if wanted is not None and self.fn.__name__ not in wanted:
+    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        name = self.fn.__name__
+        if wanted is not None and name not in wanted:
             return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        options = {name: value for name, value in kwargs.items() if name.startswith("num_")}
-        constants = kwargs["TILE"]._asdict() | options if "TILE" in kwargs else options
-        compiled.append(Compiled(self.fn.__name__, arch, kernel, grid, constants))
+        compiled.append(Compiled(name, arch, kernel, grid, kwargs.get("TILE")))
         return kernel
 
-    driver.set_active(NoDevice(target))
-    JITFunction.run = warm_up  # type: ignore[method-assign]
-    configs.architecture = lambda device: arch_number(arch)  # type: ignore[assignment]
-    try:
+    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+    # The part of a driver that compiling asks for. Triton keeps compiled kernels by device, so each architecture is one.
+    no_device = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: ARCHS.index(arch),
+        get_current_stream=lambda device: 0,
+    )
+    with (
+        patch.object(driver, "_active", no_device),
+        patch.object(JITFunction, "run", compile_instead),
+        patch.object(configs, "architecture", lambda device: arch_number(arch)),
+    ):
         yield compiled
-    finally:
-        JITFunction.run = run  # type: ignore[method-assign]
-        configs.architecture = architecture
-        driver._active = previous
-
-
-def tool(name: str) -> str:
-    """Path of a CUDA tool in Triton's wheel."""
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _run_tool(name: str, *options: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run(
-            [tool(name), *options, file.name], capture_output=True, text=True, check=True
-        ).stdout
-
-
-def _cubin_usage(cubin: bytes) -> dict[str, int]:
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _run_tool("cuobjdump", "-res-usage", cubin=cubin)))
-    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "spills": int(found["LOCAL"])}
-
-
-def _gcn_usage(assembly: str) -> dict[str, int]:
-    def last(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1])
-
-    return {
-        "registers": last("vgpr_count"),
-        "stack": last("private_segment_fixed_size"),
-        "spills": last("vgpr_spill_count"),
-    }

@@ -4,69 +4,22 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import triton
 
-from padfree_bench.compiled.aot import SHARED_LIMIT, Arch, Compiled, backend_of
+from padfree_bench.compiled.aot import SHARED_LIMIT, Compiled
 from padfree_bench.compiled.aot_calls import Target, compile_target
-from padfree_bench.compiled.cost_model import Costs, costs_of, occupancy
+from padfree_bench.compiled.cost_model import costs_of, occupancy
 
 ATOMICS = re.compile(r"\b(?:atom|red)\.|_atomic_|\bds_(?:add|min|max|cmpst)_")
 OPERATION = re.compile(r"^\s*(%[\w:#]+) = \"?([\w.]+)\"? ?([^\n]*)", re.MULTILINE)
 VALUE = re.compile(r"%\w+")
 HALF_DOT = re.compile(r"tt\.dot [^\n]*: tensor<(\d+)x(\d+)x(?:bf16|f16)")
 
-
-@dataclass(frozen=True)
-class Facts:
-    """One kernel for one target. `stack` is bytes a thread; occupancy is CTAs a multiprocessor.
-
-    `exponents` and `fused` count exp2 and multiply-adds of the source, of one element each.
-    `serialized` holds ptxas's advisories (C7510 to C7519) that wgmma instructions wait for one another.
-    """
-
-    triton: str
-    kernel: str
-    arch: Arch
-    passname: str
-    dtype: str
-    head_dim: int
-    variant: str
-    shape: str
-    row: int
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    target: str
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    shared_limit: int
-    ctas: int
-    atomics: int
-    f64: int
-    tf32: int
-    half_dots: int
-    wgmma: int
-    serialized: str
-    mma_sync: int
-    ex2_full: int
-    exponents: int
-    fused: int
-    narrow_offsets: tuple[str, ...]
-    costs: Costs | None
-
-    @property
-    def name(self) -> str:
-        config = (self.block_m, self.block_n, self.num_warps, self.num_stages)
-        return f"{self.kernel} {self.arch} {self.dtype} D{self.head_dim} {self.variant} {self.shape} {config}"
+Facts = dict[str, Any]
 
 
 def argument_paths(name: str, kind: Any) -> Iterator[str]:
@@ -107,43 +60,48 @@ def narrow_offsets(ttir: str, signature: dict[str, Any]) -> tuple[str, ...]:
 
 
 def facts_of(compiled: Compiled, target: Target) -> Facts:
-    """Read one compiled kernel."""
-    text, constants, resources = compiled.assembly, compiled.constants, compiled.resources
-    block_m, block_n = constants.get("BLOCK_M", 1), constants.get("BLOCK_N", 1)
-    return Facts(
-        triton=triton.__version__,
-        kernel=compiled.name,
-        arch=target.arch,
-        passname=target.passname,
-        dtype=target.dtype,
-        head_dim=target.head_dim,
-        variant=target.variant,
-        shape=target.shape,
-        row=target.row,
-        block_m=block_m,
-        block_n=block_n,
-        num_warps=compiled.num_warps,
-        num_stages=constants.get("num_stages", 1),
-        target=re.search(r"\.target sm_(\d+)|amdgcn-amd-amdhsa--(gfx\w+)", text).expand(r"\1\2"),  # type: ignore[union-attr]
-        registers=resources["registers"],
-        stack=resources["stack"],
-        spills=resources["spills"],
-        shared=compiled.shared_bytes,
-        shared_limit=SHARED_LIMIT[target.arch],
-        ctas=occupancy(target.arch, resources["registers"], compiled.num_warps, compiled.shared_bytes),
-        atomics=len(ATOMICS.findall(text)),
-        f64=len(re.findall(r"\.f64\b|_f64\b", text)),
-        tf32=len(re.findall(r"tf32|xf32", text)),
-        half_dots=len(HALF_DOT.findall(compiled.ttir)),
-        wgmma=len(re.findall(r"\bwgmma\.mma_async", text)),
-        serialized=compiled.serialized,
-        mma_sync=len(re.findall(r"\bmma\.sync", text)),
-        ex2_full=len(re.findall(r"\bex2\.approx\.f32", text)),
-        exponents=compiled.ttir.count("math.exp2"),
-        fused=compiled.ttir.count("math.fma"),
-        narrow_offsets=narrow_offsets(compiled.ttir, compiled.kernel.src.signature),
-        costs=costs_of(compiled) if backend_of(target.arch) == "cuda" else None,
-    )
+    """Read one compiled kernel.
+
+    `stack` is bytes a thread, `ctas` how many fit on a multiprocessor. `serialized` holds ptxas's advisories (C7510 to
+    C7519) that wgmma instructions wait for one another. `exponents` and `fused` count exp2 and multiply-adds of the
+    source, of one element each.
+    """
+    text, ttir, tile = compiled.assembly, compiled.ttir, compiled.tile
+    assert tile is not None, f"{compiled.name} is no kernel of padfree's"
+    built_for = re.search(r"\.target sm_(\d+)|amdgcn-amd-amdhsa--(gfx\w+)", text)
+    assert built_for is not None, f"the assembly of {compiled.name} names no architecture"
+
+    def count(pattern: str | re.Pattern[str]) -> int:
+        return len(re.findall(pattern, text))
+
+    return {
+        "triton": triton.__version__,
+        "kernel": compiled.name,
+        **asdict(target),
+        "block_m": tile.BLOCK_M,
+        "block_n": tile.BLOCK_N,
+        "num_warps": compiled.num_warps,
+        "num_stages": compiled.kernel.metadata.num_stages,
+        "target": built_for[1] or built_for[2],
+        **compiled.resources,
+        "shared": compiled.shared_bytes,
+        "shared_limit": SHARED_LIMIT[target.arch],
+        "ctas": occupancy(
+            target.arch, compiled.resources["registers"], compiled.num_warps, compiled.shared_bytes
+        ),
+        "atomics": count(ATOMICS),
+        "f64": count(r"\.f64\b|_f64\b"),
+        "tf32": count(r"tf32|xf32"),
+        "half_dots": len(HALF_DOT.findall(ttir)),
+        "wgmma": count(r"\bwgmma\.mma_async"),
+        "serialized": compiled.serialized,
+        "mma_sync": count(r"\bmma\.sync"),
+        "ex2_full": count(r"\bex2\.approx\.f32"),
+        "exponents": ttir.count("math.exp2"),
+        "fused": ttir.count("math.fma"),
+        "narrow_offsets": narrow_offsets(ttir, compiled.kernel.src.signature),
+        "costs": costs_of(compiled),
+    }
 
 
 def facts_of_target(target: Target) -> list[Facts]:
@@ -152,18 +110,10 @@ def facts_of_target(target: Target) -> list[Facts]:
     return [facts_of(compiled, target) for compiled in compile_target(target)]
 
 
-def facts_of_targets(targets: list[Target], jobs: int = 1) -> list[Facts]:
-    """The same for many targets, `jobs` at a time; results in the order of the targets."""
-    if jobs == 1 or len(targets) < 2:
-        return [facts for target in targets for facts in facts_of_target(target)]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return [facts for found in pool.map(facts_of_target, targets) for facts in found]
-
-
 def main() -> None:
     """Targets as JSON on standard input, facts as JSON on standard output: for processes that interpret kernels."""
     targets = [Target(**fields) for fields in json.load(sys.stdin)]
-    json.dump([asdict(facts) for facts in facts_of_targets(targets)], sys.stdout)
+    json.dump([facts for target in targets for facts in facts_of_target(target)], sys.stdout, default=asdict)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,21 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from itertools import chain, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from padfree_bench.compiled.aot import ARCHS, Arch, parse_arch, why_not_compile
+from padfree_bench.compiled.aot import ARCHS, Arch, why_not_compile
 from padfree_bench.compiled.aot_calls import VARIANTS, Target, table_targets
-from padfree_bench.compiled.aot_facts import Facts, facts_of_targets
-from padfree_bench.compiled.cost_model import GPUS, predict
+from padfree_bench.compiled.aot_facts import Facts, facts_of_target
+from padfree_bench.compiled.cost_model import GPUS, MOVED, predict
 from padfree_bench.measuring.cases import DTYPES
 from padfree_bench.measuring.lengths import imdb_lengths
 from padfree_bench.measuring.results import RESULTS
@@ -27,7 +30,6 @@ from padfree_bench.measuring.results import RESULTS
 BATCH, SEQ = 64, 400
 # (heads, head_dim): the notebook's, d_model 128 two ways, BERT-base, wide heads.
 SHAPES = ((4, 8), (8, 16), (4, 32), (12, 64), (16, 128))
-KERNELS = ("attention_forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
 VARIANT_HEAD_DIMS = (16, 64)
 ASSUMPTIONS = (
     "Predictions, not measurements. Floors that assume perfectly overlapping CTAs and evenly spread work: issue, "
@@ -39,18 +41,13 @@ ASSUMPTIONS = (
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m bench compile-report", description=__doc__)
-    options.add_argument(
-        "--arch", nargs="+", default=["90"], help=f"of {', '.join(map(str, ARCHS))}; default 90"
-    )
-    options.add_argument(
-        "--variants", nargs="+", default=["padded"], help=f"of {', '.join(VARIANTS)}, or all; default padded"
-    )
-    options.add_argument(
-        "--dtypes", nargs="+", default=["bf16", "fp32"], help=f"of {', '.join(DTYPES)}; default bf16 fp32"
-    )
-    options.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
-    options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
-    options.add_argument("--output", default=str(RESULTS), help="folder for compile-report.json")
+    add = options.add_argument
+    add("--arch", nargs="+", default=["90"], help=f"of {', '.join(map(str, ARCHS))}; default 90")
+    add("--variants", nargs="+", default=["padded"], help=f"of {', '.join(VARIANTS)}, or all; default padded")
+    add("--dtypes", nargs="+", default=["bf16", "fp32"], help=f"of {', '.join(DTYPES)}; default bf16 fp32")
+    add("--json", action="store_true", help="print the JSON instead of the tables")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
+    add("--output", default=str(RESULTS), help="folder for compile-report.json")
     return options
 
 
@@ -65,65 +62,57 @@ def targets_of(archs: tuple[Arch, ...], dtypes: tuple[str, ...], variants: tuple
 
 def predictions(facts: list[Facts]) -> list[dict[str, Any]]:
     """Predicted floors at B64 S400 and IMDB lengths, for every shape, launch and 16-bit or fp32 dtype."""
-    lengths = imdb_lengths(BATCH, SEQ)
-    found: dict[tuple[Any, ...], Facts] = {}
-    for fact in facts:
-        if fact.variant == "padded" and fact.costs is not None:
-            found.setdefault((fact.arch, fact.dtype, fact.head_dim, fact.kernel), fact)
-    rows = []
-    for arch, dtype in dict.fromkeys((fact.arch, fact.dtype) for fact in facts):
-        for heads, head_dim in SHAPES:
-            for kernel in KERNELS:
-                compiled = found.get((arch, dtype, head_dim, kernel))
-                if compiled is None or compiled.costs is None:
-                    continue
-                itemsize = getattr(torch, dtype).itemsize
-                prediction = predict(kernel, compiled.costs, arch, lengths, heads, head_dim, SEQ, itemsize)
-                shape = f"B{BATCH}-H{heads}-D{head_dim}-S{SEQ}-imdb"
-                row = {"arch": arch, "dtype": dtype, "case": shape, "kernel": kernel, **asdict(prediction)}
-                rows.append(
-                    row
-                    | {"floor": prediction.floor, "bound": prediction.bound, "expected": prediction.expected}
-                )
+    lengths, rows = imdb_lengths(BATCH, SEQ), []
+    costs: dict[tuple[Any, ...], Any] = {}
+    for f in facts:
+        if f["variant"] == "padded" and f["costs"] is not None:
+            costs.setdefault((f["arch"], f["dtype"], f["head_dim"], f["kernel"]), f["costs"])
+    compiled = dict.fromkeys((f["arch"], f["dtype"]) for f in facts)
+    for (arch, dtype), (heads, head_dim), kernel in product(compiled, SHAPES, MOVED):
+        if found := costs.get((arch, dtype, head_dim, kernel)):
+            itemsize = getattr(torch, dtype).itemsize
+            times = predict(kernel, found, arch, lengths, heads, head_dim, SEQ, itemsize)
+            case = f"B{BATCH}-H{heads}-D{head_dim}-S{SEQ}-imdb"
+            rows.append({"arch": arch, "dtype": dtype, "case": case, "kernel": kernel, **asdict(times)})
     return rows
 
 
-def to_json(facts: list[Facts]) -> dict[str, Any]:
-    return {
+def to_json(facts: list[Facts]) -> str:
+    content = {
         "kind": "compile-report",
         "assumptions": ASSUMPTIONS,
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "gpus": {str(arch): gpu._asdict() for arch, gpu in GPUS.items()},
-        "kernels": [asdict(fact) for fact in facts],
+        "kernels": facts,
         "predicted_us": predictions(facts),
     }
+    return json.dumps(content, indent=1, default=asdict) + "\n"
 
 
-def _table(header: str, rows: Sequence[Sequence[object]]) -> str:
-    names = header.split(" | ")
-    lines = ["| " + header + " |", "|" + "---|" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+def _table(header: str, rows: Iterable[Sequence[object]]) -> str:
+    lines = [f"| {header} |", "|" + "---|" * len(header.split(" | "))]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def _mix(fact: Facts) -> str:
-    mix = fact.costs.mix if fact.costs else {}
-    return ", ".join(f"{name} {count}" for name, count in sorted(mix.items(), key=lambda item: -item[1]))
+def _kernel(fact: Facts) -> list[object]:
+    """The cells that say which kernel a line is about."""
+    return [fact["kernel"].removesuffix("_kernel"), *map(fact.get, ("arch", "dtype", "head_dim", "variant"))]
 
 
 def markdown(facts: list[Facts]) -> str:
     """Three tables: resources, cycles a tile, predicted times."""
     resources = [
-        [f.kernel.removesuffix("_kernel"), f.arch, f.dtype, f.head_dim, f.variant,
-         f"{f.block_m}x{f.block_n} w{f.num_warps} s{f.num_stages}",
-         f.registers, f.stack, f.spills, f.shared, f.ctas or "-", f.serialized or "-"]
+        [*_kernel(f), "{block_m}x{block_n} w{num_warps} s{num_stages}".format_map(f),
+         *(f[name] for name in ("registers", "stack", "spills", "shared")), f["ctas"] or "-", f["serialized"] or "-"]
         for f in facts
     ]  # fmt: skip
     cycles = [
-        [f.kernel.removesuffix("_kernel"), f.arch, f.dtype, f.head_dim, f.variant, f"{c.block_m}x{c.block_n}",
-         f"{c.issue:.0f}", f"{c.masked_issue:.0f}", f"{c.mufu:.0f}", f"{c.matrix:.0f}", c.bound,
-         f"{c.repeats:.2f}", c.outside, _mix(f)]
+        [*_kernel(f), f"{c.block_m}x{c.block_n}",
+         *(f"{number:.0f}" for number in (c.issue, c.masked_issue, c.mufu, c.matrix)), c.bound,
+         f"{c.repeats:.2f}", c.outside,
+         ", ".join(f"{name} {count}" for name, count in sorted(c.mix.items(), key=lambda item: -item[1]))]
         for f in facts
-        if (c := f.costs) is not None
+        if (c := f["costs"]) is not None
     ]  # fmt: skip
     times = [
         [r["case"], r["arch"], r["dtype"], r["kernel"].removesuffix("_kernel"),
@@ -146,20 +135,22 @@ def markdown(facts: list[Facts]) -> str:
 def main(argv: list[str]) -> int:
     """Compile, print, and write compile-report.json and .md; status 2 with one line for a wrong argument."""
     options = parser().parse_args(argv)
-    variants = tuple(VARIANTS) if options.variants == ["all"] else tuple(options.variants)
-    try:
-        archs = tuple(parse_arch(text) for text in options.arch)
-        for kind, names, known in (("variant", variants, VARIANTS), ("dtype", options.dtypes, DTYPES)):
-            if unknown := [name for name in names if name not in known]:
-                raise ValueError(f"{kind} must be one of {', '.join(known)}, got {unknown[0]!r}")
-        if reason := why_not_compile():
-            raise ValueError(reason)
-    except ValueError as error:
-        print(f"python -m bench compile-report: {error}", file=sys.stderr)
+    if options.variants == ["all"]:
+        options.variants = list(VARIANTS)
+    archs = {str(arch): arch for arch in ARCHS}
+    known: dict[str, dict[str, Any]] = {"arch": archs, "variants": VARIANTS, "dtypes": DTYPES}
+    faults = [
+        f"{kind.removesuffix('s')} must be one of {', '.join(names)}, got {given!r}"
+        for kind, names in known.items() for given in vars(options)[kind] if given not in names
+    ]  # fmt: skip
+    if fault := next(iter(faults), why_not_compile()):
+        print(f"python -m bench compile-report: {fault}", file=sys.stderr)
         return 2
     dtypes = tuple(str(DTYPES[name]).removeprefix("torch.") for name in options.dtypes)
-    facts = facts_of_targets(targets_of(archs, dtypes, variants), options.jobs)
-    text, content = markdown(facts), json.dumps(to_json(facts), indent=1) + "\n"
+    targets = targets_of(tuple(archs[name] for name in options.arch), dtypes, tuple(options.variants))
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        facts = list(chain.from_iterable(pool.map(facts_of_target, targets)))
+    text, content = markdown(facts), to_json(facts)
     folder = Path(options.output) / "compile"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compile-report.json").write_text(content)

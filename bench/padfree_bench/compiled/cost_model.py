@@ -18,10 +18,9 @@ import numpy as np
 from padfree_bench.compiled.aot import Arch, Compiled
 from padfree_bench.compiled.sass import instruction_count, score_loops
 
-EX2_PER_CLOCK = 16
+EX2_PER_CLOCK, SCHEDULERS = 16, 4
 # Of expected: microseconds from one kernel of a graph to the next, and of a load that misses every cache.
 LAUNCH_US, LATENCY_US, DEPENDENT_LOADS = 2.0, 0.7, 4
-SCHEDULERS = 4
 # Dots of a tile, by kernel.
 DOTS = {
     "attention_forward_kernel": 2,
@@ -29,7 +28,12 @@ DOTS = {
     "key_gradient_kernel": 4,
     "attn_mask_gradient_kernel": 2,
 }
-KEY_MAJOR = {"key_gradient_kernel"}
+# [B, H, S, D] tensors and [B, H, S] vectors that a kernel reads, and those that it writes.
+MOVED = {
+    "attention_forward_kernel": ((3, 0), (1, 1)),
+    "query_gradient_kernel": ((5, 1), (1, 2)),
+    "key_gradient_kernel": ((4, 2), (2, 0)),
+}
 
 
 class Gpu(NamedTuple):
@@ -90,21 +94,18 @@ class Costs:
 
 def costs_of(compiled: Compiled) -> Costs | None:
     """Costs of a kernel's loops over full tiles, the cheapest, and masked ones; None where none holds an exp2."""
-    loops = score_loops(compiled.sass)
-    dots = DOTS.get(compiled.name)
-    if not loops or dots is None:
+    loops, tile, warps = score_loops(compiled.sass), compiled.tile, compiled.num_warps
+    if not loops or tile is None or compiled.name not in DOTS:
         return None
-    constants, warps = compiled.constants, compiled.num_warps
-    block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
     # By cost: full tiles, then the edges.
     full, masked = loops[0], loops[min(1, len(loops) - 1)]
-    repeats = full.ex2 * warps * 32 / (block_m * block_n)
+    scores = tile.BLOCK_M * tile.BLOCK_N
+    repeats = full.ex2 * warps * 32 / scores
     on_matrix_units = "xbf16>" in compiled.ttir or "xf16>" in compiled.ttir
-    flop = 2 * block_m * block_n * constants["BLOCK_D"] * dots if on_matrix_units else 0
-    rate = GPUS[compiled.arch].flop_per_clock
+    flop = 2 * scores * tile.BLOCK_D * DOTS[compiled.name] if on_matrix_units else 0
     return Costs(
-        block_m=block_m,
-        block_n=block_n,
+        block_m=tile.BLOCK_M,
+        block_n=tile.BLOCK_N,
         num_warps=warps,
         loop=full.instructions,
         masked_loop=masked.instructions,
@@ -113,8 +114,8 @@ def costs_of(compiled: Compiled) -> Costs | None:
         issue=full.instructions * warps / SCHEDULERS,
         masked_issue=masked.instructions * warps / SCHEDULERS,
         mufu=full.ex2 * warps * 32 / EX2_PER_CLOCK,
-        matrix=flop / rate * max(1, int(repeats)),
-        mix=full.mix(),
+        matrix=flop / GPUS[compiled.arch].flop_per_clock * max(1, int(repeats)),
+        mix=full.mix,
     )
 
 
@@ -129,40 +130,9 @@ def occupancy(arch: Arch, registers: int, num_warps: int, shared_bytes: int) -> 
     return min(by_registers, by_shared, gpu.threads // (32 * num_warps), gpu.blocks)
 
 
-class Tiles(NamedTuple):
-    """Score tiles of one head over a batch: those without a mask, those at a sequence's end, and programs with work."""
-
-    full: int
-    masked: int
-    programs: int
-
-
-def visible_tiles(lengths: np.ndarray, own: int, other: int) -> Tiles:
-    """Tiles of `own` rows a program by `other` a step that self-attention over `lengths` visits, both sides skipped."""
-    programs = -(-lengths // own)
-    full = programs * (lengths // other)
-    masked = programs * (lengths % other > 0)
-    return Tiles(int(full.sum()), int(masked.sum()), int(programs.sum()))
-
-
-def moved_bytes(
-    kernel: str, lengths: np.ndarray, heads: int, head_dim: int, seq: int, itemsize: int
-) -> float:
-    """Bytes to and from memory: inputs at real rows, outputs at every row (padded ones are written as 0)."""
-    real = float(lengths.sum()) * heads
-    every = float(len(lengths)) * seq * heads
-    row = head_dim * itemsize
-    reads, writes, vectors = {
-        "attention_forward_kernel": (3, 1, (0, 1)),
-        "query_gradient_kernel": (5, 1, (1, 2)),
-        "key_gradient_kernel": (4, 2, (2, 0)),
-    }[kernel]
-    return real * (reads * row + 4 * vectors[0]) + every * (writes * row + 4 * vectors[1])
-
-
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds a launch cannot beat under the model's assumptions, by bound."""
+    """Microseconds of a launch under the model's assumptions, by bound; it cannot beat the floor."""
 
     issue: float
     mufu: float
@@ -170,18 +140,9 @@ class Prediction:
     memory: float
     compute: float
     once: float
-
-    @property
-    def floor(self) -> float:
-        return max(self.compute, self.memory)
-
-    @property
-    def expected(self) -> float:
-        return LAUNCH_US + DEPENDENT_LOADS * LATENCY_US + max(self.memory, self.compute + self.once)
-
-    @property
-    def bound(self) -> str:
-        return max(("issue", "mufu", "matrix", "memory"), key=lambda name: getattr(self, name))
+    floor: float
+    bound: str
+    expected: float
 
 
 def predict(
@@ -196,16 +157,30 @@ def predict(
 ) -> Prediction:
     """Floor of one launch over a padded batch of these lengths, padded rows and keys skipped."""
     gpu = GPUS[arch]
-    own, other = (costs.block_n, costs.block_m) if kernel in KEY_MAJOR else (costs.block_m, costs.block_n)
-    tiles = visible_tiles(lengths, own, other)
+    # A program owns rows of one side and steps over the other: queries and keys, but in the key gradient.
+    own, other = costs.block_m, costs.block_n
+    if kernel == "key_gradient_kernel":
+        own, other = other, own
+    programs = -(-lengths // own)
+    # Tiles without a mask, and those at a sequence's end.
+    full, masked = int((programs * (lengths // other)).sum()), int((programs * (lengths % other > 0)).sum())
     scale = heads / (gpu.multiprocessors * gpu.clock_ghz * 1e3)
-    count = tiles.full + tiles.masked
-    cycles = tiles.full * costs.tile_cycles + tiles.masked * costs.masked_tile_cycles
+    # Inputs at real rows, outputs at every row: padded ones are written as 0.
+    read, written = (tensors * head_dim * itemsize + 4 * vectors for tensors, vectors in MOVED[kernel])
+    moved = float(lengths.sum() * heads * read + len(lengths) * seq * heads * written)
+    bounds = {
+        "issue": (full * costs.issue + masked * costs.masked_issue) * scale,
+        "mufu": (full + masked) * costs.mufu * scale,
+        "matrix": (full + masked) * costs.matrix * scale,
+        "memory": moved / gpu.bytes_per_second * 1e6,
+    }
+    compute = (full * costs.tile_cycles + masked * costs.masked_tile_cycles) * scale
+    once = int(programs.sum()) * costs.outside * costs.num_warps / SCHEDULERS * scale
     return Prediction(
-        issue=(tiles.full * costs.issue + tiles.masked * costs.masked_issue) * scale,
-        mufu=count * costs.mufu * scale,
-        matrix=count * costs.matrix * scale,
-        memory=moved_bytes(kernel, lengths, heads, head_dim, seq, itemsize) / gpu.bytes_per_second * 1e6,
-        compute=cycles * scale,
-        once=tiles.programs * costs.outside * costs.num_warps / SCHEDULERS * scale,
+        **bounds,
+        compute=compute,
+        once=once,
+        floor=max(compute, bounds["memory"]),
+        bound=max(bounds, key=bounds.__getitem__),
+        expected=LAUNCH_US + DEPENDENT_LOADS * LATENCY_US + max(bounds["memory"], compute + once),
     )
