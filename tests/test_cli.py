@@ -102,12 +102,7 @@ def test_the_table_of_predict_has_one_line_a_review_whatever_the_review_holds(
     lines = capsys.readouterr().out.removesuffix("\n").split("\n")
     shown = [line.split("\t")[2] for line in lines]
     assert [len(line.split("\t")) for line in lines] == [3] * len(texts)
-    assert shown[:4] == [
-        r"a\nb\tc\rd",
-        r"\x1b[31mred\x1b[0m \u2028 \u202e",
-        r"a\\nb",
-        "caf\u00e9 \U0001f600",
-    ]
+    assert shown[:4] == [r"a\nb\tc\rd", r"\x1b[31mred\x1b[0m \u2028 \u202e", r"a\\nb", "caf\u00e9 \U0001f600"]
     assert all(line.isprintable() for line in shown)
 
 

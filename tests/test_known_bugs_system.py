@@ -124,11 +124,7 @@ def test_a_fresh_process_computes_the_same_bytes() -> None:
     environment = compiler_environment(Path(os.environ.get("TMPDIR", "/tmp"))) | {"TRITON_INTERPRET": "1"}
     first, second = (
         subprocess.run(
-            [sys.executable, "-c", DIGEST],
-            check=False,
-            capture_output=True,
-            text=True,
-            env=environment,
+            [sys.executable, "-c", DIGEST], check=False, capture_output=True, text=True, env=environment
         )
         for _ in range(2)
     )
