@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from padfree_bench import cli
 from padfree_bench.gpu_round import driver, outcomes, steps
 from padfree_bench.gpu_round.steps import OVERHEAD_SECONDS, PART_SECONDS, PARTS, VERSIONS_SECONDS, Round, Step
 from padfree_bench.suites.session import refuse_to_replace
-from test_bench_limits import is_running
+from waiting import is_running, wait_for
 
 
 @pytest.fixture
@@ -161,15 +160,6 @@ GRANDCHILD = (
     "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], preexec_fn=die_with_parent);"
     "print(os.getpid(), child.pid, flush=True); child.wait()"
 )
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 600) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.1)
-    raise AssertionError("did not happen in time")
 
 
 def test_a_kill_in_the_middle_leaves_whole_files_and_no_children(tmp_path: Path) -> None:

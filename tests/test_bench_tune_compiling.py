@@ -16,6 +16,7 @@ from padfree._triton.configs import Config
 from padfree_bench.tuning import tune, tune_candidates
 from padfree_bench.tuning.tune_candidates import Found, Item, Question
 from tiny_bench import ROOT
+from waiting import is_running, wait_for
 
 HEADLINE = tune.questions(tune.HEADLINE, ",".join(tune.PASSES))
 
@@ -148,17 +149,13 @@ def test_a_run_that_is_killed_leaves_no_assembler_beside_the_next_one(tmp_path: 
     path = tmp_path / "pid"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], env=environment)
     try:
-        while not path.exists():
-            time.sleep(0.05)
+        wait_for(path.exists)
         assembler = int(path.read_text())
     finally:
         process.kill()
         process.wait()
-    # ten minutes: it takes a moment, or does not come
-    for _ in range(6000):
-        status = Path(f"/proc/{assembler}/stat")
-        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.1)
-    os.kill(assembler, signal.SIGKILL)
-    pytest.fail("the assembler outlived the run")
+    try:
+        wait_for(lambda: not is_running(assembler))
+    except AssertionError:
+        os.kill(assembler, signal.SIGKILL)
+        pytest.fail("the assembler outlived the run")
