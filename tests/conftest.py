@@ -59,10 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not left_to_ci(config) and getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker("soak")
-    left_out = {
-        "cuda": not torch.cuda.is_available(),
-        "soak": left_to_ci(config),
-    }
+    left_out = {"cuda": not torch.cuda.is_available(), "soak": left_to_ci(config)}
     kept, deselected = [], []
     for item in items:
         reason = next(

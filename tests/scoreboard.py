@@ -107,7 +107,7 @@ def rows() -> list[Row]:
         Row("R5", "fault audit", ">= 60 faults, >= 95 % killed", ("test_faults.py",), audit_figure()),
         Row("R6", "bitwise properties over generated examples", ">= 12 properties", ("test_properties.py",), f"{len(properties)} properties"),
         Row("R7", "known bugs of other libraries replayed by name", ">= 40",
-            ("test_known_bugs_masks.py", "test_known_bugs_shapes.py", "test_known_bugs_system.py", "test_giants.py"),
+            (*(f"test_known_bugs_{name}.py" for name in ("masks", "shapes", "system", "devices")), "test_giants.py"),
             f"{bugs} replays ({on_gpu} need a GPU) of {links} reports"),
         Row("R8", "roles with offsets beyond 2^31 and 2^32; grids beyond 65,535", ">= 10 roles, forward and backward",
             ("test_giants.py",), f"{len(ROLES)} roles"),

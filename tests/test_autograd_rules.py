@@ -186,8 +186,7 @@ def test_saved_tensors_of_packed_calls_may_come_back_in_any_layout(window: Any) 
     cu = torch.tensor([0, 3, 3, 8, 12], dtype=torch.int32)
     packed = {"dropout_p": 0.3, "window": window, "return_lse": True, "impl": "triton"}
     assert_same_gradients_after_repacking(
-        lambda q, k, v: padfree.attention_varlen(q, k, v, cu, cu, 5, 5, **packed),
-        three(shape=(12, 2, 8)),
+        lambda q, k, v: padfree.attention_varlen(q, k, v, cu, cu, 5, 5, **packed), three(shape=(12, 2, 8))
     )
     assert_same_gradients_after_repacking(
         lambda qkv: padfree.attention_qkvpacked(qkv, cu_seqlens=cu, max_seqlen=5, **packed),

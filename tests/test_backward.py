@@ -15,12 +15,7 @@ import padfree
 from padfree._checks import KERNEL_DTYPES
 from padfree._triton import configs
 from padfree._triton.configs import TABLE
-from padfree.testing import (
-    PADDING_PATTERNS,
-    Inputs,
-    assert_matches_reference,
-    make_inputs,
-)
+from padfree.testing import PADDING_PATTERNS, Inputs, assert_matches_reference, make_inputs
 
 kernel = partial(padfree.attention, impl="triton")
 

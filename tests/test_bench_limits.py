@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from padfree_bench.gpu_round.steps import ROOT
 from padfree_bench.measuring.processes import run_limited
 from padfree_bench.measuring.timing import Effort, _repetitions
 from padfree_bench.tuning import tune
+from waiting import is_running, wait_for
 
 PARENT = """
 import subprocess, sys
@@ -21,27 +21,11 @@ child.wait()
 """
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for_the_end_of(pid: int) -> None:
-    """Ten minutes: it takes a moment, or does not come."""
-    for _ in range(6000):
-        if not is_running(pid):
-            return
-        time.sleep(0.1)
-    pytest.fail("it went on")
-
-
 def test_a_command_past_its_limit_ends_with_its_children(tmp_path: Path) -> None:
     with (tmp_path / "out").open("w") as out:
         assert run_limited([sys.executable, "-c", PARENT], 15, stdout=out) is None
     child = int((tmp_path / "out").read_text())
-    wait_for_the_end_of(child)
+    wait_for(lambda: not is_running(child))
 
 
 def test_a_worker_that_crashes_costs_its_own_item_alone(
@@ -81,4 +65,4 @@ def test_told_to_stop_it_leaves_nothing_running() -> None:
     child = int(process.stdout.readline())
     process.terminate()
     process.wait()
-    wait_for_the_end_of(child)
+    wait_for(lambda: not is_running(child))

@@ -1,10 +1,6 @@
 """One run after another: none replaces what is not its own, and a kill takes no more than what was in flight."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,58 +13,25 @@ from padfree_bench.measuring import machine
 from padfree_bench.measuring.cases import Case, parse_case
 from padfree_bench.measuring.ceilings import Ceilings
 from padfree_bench.measuring.inputs import make_inputs
-from padfree_bench.measuring.results import (
-    FAULT,
-    OK,
-    SECOND_WAVE,
-    UPPER_BOUND,
-    Result,
-    Row,
-    load,
-    markdown,
-    save,
-)
+from padfree_bench.measuring.results import FAULT, SECOND_WAVE, Result, Row, load, markdown, save
 from padfree_bench.measuring.timing import Effort
-from padfree_bench.peers import PEERS, Peer
-from padfree_bench.peers.base import Prepared, Refused
 from padfree_bench.reports import drawing, plots, readme, report
-from padfree_bench.reports.compare import lost, main
+from padfree_bench.reports.compare import main
 from padfree_bench.suites import attention
 from padfree_bench.suites.session import ahead, terminal_table
+from tiny_bench import CPU, a_row, result_of
 
-ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 SHAPES = "B1-H1-D8-S16,B1-H1-D8-S24"
 QUICK = ["attention", "--quick", "--shapes", SHAPES, "--directions", "forward"]
-HEADLINE = "B64-H4-D8-S400-imdb-bf16"
-
-
-def result_of(device: str, started: str, rows: list[Row] | None = None, quick: bool = False) -> Result:
-    environment = {
-        "device": device,
-        "device_type": "cuda",
-        "started": started,
-        "versions": {"torch": "2", "triton": "3"},
-        "command": "python -m bench attention",
-        "commit": "d" * 40,
-    }
-    return Result("attention", environment, rows or [a_row("sdpa", 1.0)], quick=quick)
-
-
-def a_row(peer: str, ms: float, graph: float | None = None, **other: Any) -> Row:
-    row = Row("attention", HEADLINE, "imdb", "forward", peer, OK, ms_p20=ms, ms_p50=ms, ms_p80=ms)
-    return replace(row, graph_p20=graph, graph_ms=graph, graph_p80=graph, **other)
 
 
 class TestFaults:
     def rows(self) -> list[Row]:
-        fault = replace(
-            a_row("sdpa-cudnn", 0.001), status=FAULT, reason="faster than its floor of 1 ms (bytes)"
-        )
+        fault = a_row("sdpa-cudnn", 0.001, status=FAULT, reason="faster than its floor of 1 ms (bytes)")
         return [a_row("padfree", 1.0), a_row("sdpa", 2.0), fault]
 
     def test_a_fault_is_loud_wherever_it_is_shown(self) -> None:
-        result = result_of("GPU", "now", self.rows())
+        result = result_of(self.rows())
         for text in (markdown(result), terminal_table(result)):
             assert "FAULT 0.001 [0.001, 0.001]" in text and "FAULT: 1 figures are faster" in text
         assert "faster than its floor of 1 ms" in terminal_table(result)
@@ -76,7 +39,7 @@ class TestFaults:
         assert "<tr class='fault'>" in page and "FAULT: 1 figures" in page
 
     def test_a_fault_is_neither_the_best_of_the_others_nor_ours_nor_drawn(self) -> None:
-        result = result_of("GPU", "now", self.rows())
+        result = result_of(self.rows())
         assert "| sdpa 2 ms | sdpa 2 ms | **padfree 1 ms**" in readme.table([("gpu", result)])
         assert "sdpa-cudnn" not in readme.table([("gpu", result)])
         result.rows[0].status = FAULT
@@ -94,12 +57,12 @@ class TestFaults:
         monkeypatch.setattr(drawing, "save_figure", save_figure)
         rows = [*self.rows(), a_row("sdpa" + SECOND_WAVE, 1.0, wave=2), a_row("flex", 1.0, wave=2)]
         rows = [replace(row, direction="step") for row in rows]
-        plots.draw_all(result_of("GPU", "now", rows), tmp_path)
+        plots.draw_all(result_of(rows), tmp_path)
         assert drawn == [["padfree", "sdpa", "flex"]]
 
     def test_a_figure_that_became_a_fault_is_lost(self, tmp_path: Path) -> None:
-        good = save(result_of("GPU", "now", [a_row("sdpa", 2.0), a_row("sdpa-cudnn", 1.0)]), tmp_path / "a")
-        bad = save(result_of("GPU", "now", self.rows()), tmp_path / "b")
+        good = save(result_of([a_row("sdpa", 2.0), a_row("sdpa-cudnn", 1.0)]), tmp_path / "a")
+        bad = save(result_of(self.rows()), tmp_path / "b")
         assert main([str(good), str(bad)]) == 1
 
     def test_the_suite_saves_all_and_ends_with_status_1(
@@ -139,19 +102,22 @@ class TestFolders:
         assert found == {"h100-80gb-hbm3-quick": "NVIDIA H100 80GB HBM3", "h200-quick": "NVIDIA H200"}
 
     def test_figures_of_another_card_are_not_replaced(self, tmp_path: Path) -> None:
-        path = save(result_of("NVIDIA H100", "now"), tmp_path)
+        path = save(result_of([a_row("sdpa", 1.0)], "NVIDIA H100", started="now"), tmp_path)
         before = path.read_text()
         with pytest.raises(ValueError, match="holds figures of NVIDIA H100, these are of NVIDIA H200"):
-            save(result_of("NVIDIA H200", "later"), tmp_path)
+            save(result_of([a_row("sdpa", 1.0)], "NVIDIA H200", started="later"), tmp_path)
         assert path.read_text() == before
 
 
 class TestEarlierRuns:
     FIRST, SECOND = "2026-11-26T01:12:03+00:00", "2026-11-27T08:00:00+00:00"
 
+    def run(self, started: str, ms: float = 1.0) -> Result:
+        return result_of([a_row("sdpa", ms)], started=started)
+
     def test_a_second_run_keeps_the_first_and_its_own_later_saves_keep_nothing(self, tmp_path: Path) -> None:
         folder = tmp_path / "h200"
-        first, second = result_of("GPU", self.FIRST), result_of("GPU", self.SECOND, [a_row("sdpa", 3.0)])
+        first, second = self.run(self.FIRST), self.run(self.SECOND, 3.0)
         for result in (first, first, second, second):
             save(result, folder)
         (kept,) = folder.glob("earlier/*")
@@ -162,12 +128,12 @@ class TestEarlierRuns:
 
     def test_a_quick_run_keeps_nothing(self, tmp_path: Path) -> None:
         for started in (self.FIRST, self.SECOND):
-            save(result_of("GPU", started, quick=True), tmp_path)
+            save(replace(self.run(started), quick=True), tmp_path)
         assert not (tmp_path / "earlier").exists()
 
     def test_a_file_that_nobody_can_read_is_kept_too(self, tmp_path: Path) -> None:
         (tmp_path / "attention.json").write_text('{"suite": "atten')
-        save(result_of("GPU", self.FIRST), tmp_path)
+        save(self.run(self.FIRST), tmp_path)
         assert (tmp_path / "earlier" / "unknown-attention.json").read_text() == '{"suite": "atten'
 
 
@@ -201,116 +167,6 @@ class TestSeeds:
         case = parse_case("B1-H1-D8-S16")
         one, same, other = (make_inputs(case, CPU, seed).query for seed in (1, 1, 2))
         assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-def slow_peer(order: list[str], refuses: bool = False) -> Peer:
-    def prepare(inputs: Any, training: bool) -> Prepared:
-        order.append(f"compile {inputs.case.seq}")
-        if refuses:
-            raise Refused("needs a compiler")
-        return PEERS["sdpa"].prepare(inputs, training)
-
-    return Peer("slow", prepare, "", slow_to_compile=True)
-
-
-class TestWaves:
-    def run(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool = False
-    ) -> tuple[list[str], Result]:
-        """(what was saved and compiled in order, the file) of eager, sdpa and a peer that compiles."""
-        order: list[str] = []
-        peers = [slow_peer(order, refuses), PEERS["eager"], PEERS["sdpa"]]
-        monkeypatch.setattr(attention, "choose_peers", lambda names: peers)
-        real = save
-
-        def recorded(result: Result, folder: Path) -> Path:
-            order.append(f"save {len(result.rows)}")
-            return real(result, folder)
-
-        monkeypatch.setattr("padfree_bench.measuring.results.save", recorded)
-        arguments = [*QUICK[:-1], "forward,both", "--peers", "slow,eager,sdpa", "--output", str(tmp_path)]
-        assert cli.main(arguments) == 0
-        return order, load(next(tmp_path.glob("*/attention.json")))
-
-    def test_what_compiles_waits_until_all_others_are_saved(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        order, result = self.run(tmp_path, monkeypatch)
-        assert order[:5] == ["save 2", "save 4", "save 6", "save 8", "compile 16"]
-        slow = [row for row in result.rows if row.wave == 2]
-        assert [row.peer for row in slow] == ["sdpa" + SECOND_WAVE, "slow"] * 4
-        assert all(row.status == OK and row.timed for row in result.rows)
-
-    def test_nothing_is_timed_again_for_a_peer_that_does_not_run(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        _, result = self.run(tmp_path, monkeypatch, refuses=True)
-        assert [(row.peer, row.reason) for row in result.rows if row.wave == 2] == [
-            ("slow", "needs a compiler")
-        ] * 4
-
-    def test_readme_holds_a_slow_peer_against_ours_of_its_own_wave(self) -> None:
-        rows = [
-            a_row("padfree", 1.0),
-            a_row("sdpa", 3.0),
-            a_row("padfree" + SECOND_WAVE, 2.0, wave=2),
-            a_row("flex", 3.2, wave=2),
-        ]
-        table = readme.table([("gpu", result_of("GPU", "now", rows))])
-        assert "| sdpa 3 ms | flex 3.2 ms | **padfree 1 ms** [1, 1] | 3.00x | 1.60x |" in table
-        del rows[2]
-        assert "flex" not in readme.table([("gpu", result_of("GPU", "now", rows))])
-
-    def test_a_second_wave_that_was_not_reached_is_not_lost(self) -> None:
-        before = result_of("GPU", "now", [a_row("sdpa", 1.0), a_row("flex", 1.0, wave=2)])
-        after = result_of("GPU", "now", [a_row("sdpa", 1.0)])
-        after.not_reached = [HEADLINE + SECOND_WAVE]
-        assert lost(before, after) == ([], [f"{HEADLINE} forward flex"])
-        after.not_reached = []
-        assert len(lost(before, after)[0]) == 1
-
-    def test_a_kill_in_the_second_direction_leaves_the_first(self, tmp_path: Path) -> None:
-        program = f"""
-import os, signal, sys
-from padfree_bench.suites import attention
-from padfree_bench import cli
-real = attention.run_direction
-def run_direction(session, direction, *rest):
-    if direction == "both":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(session, direction, *rest)
-attention.run_direction = run_direction
-cli.main(["attention", "--quick", "--shapes", "B1-H1-D8-S16", "--peers", "sdpa", "--output", {str(tmp_path)!r}])
-"""
-        paths = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "model", "bench"))
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONPATH": paths},
-            check=False,
-            capture_output=True,
-        )
-        assert done.returncode == -signal.SIGKILL
-        result = load(next(tmp_path.glob("*/attention.json")))
-        assert [row.direction for row in result.rows] == ["forward", "backward"]
-
-
-class TestGraphsInReadme:
-    def test_ratios_are_of_graph_to_graph_where_both_have_one(self) -> None:
-        rows = [a_row("padfree", 0.02, 0.01), a_row("sdpa", 0.06, 0.05), a_row("eager", 0.03)]
-        table = readme.table([("gpu", result_of("GPU", "now", rows))])
-        assert "| sdpa 0.06 ms, graph 0.05 | eager 0.03 ms |" in table
-        assert "**padfree 0.02 ms** [0.02, 0.02], graph **0.01** [0.01, 0.01] | 5.00x | 1.50x |" in table
-        assert "cold L2" in table and "graph to graph" in table
-
-    def test_the_best_other_is_not_one_that_our_host_time_makes_look_good(self) -> None:
-        rows = [a_row("padfree", 0.8, 0.07), a_row("sdpa", 0.272, 0.27), a_row("varlen_attn+pack", 1.9)]
-        table = readme.table([("gpu", result_of("GPU", "now", rows))])
-        assert "| sdpa 0.272 ms, graph 0.27 | sdpa 0.272 ms, graph 0.27 |" in table
-        assert "| 3.86x | 3.86x |" in table
-
-    def test_an_upper_bound_stays_out(self) -> None:
-        rows = [a_row("padfree", 1.0), a_row("sdpa", 2.0), replace(a_row("flash", 0.5), status=UPPER_BOUND)]
-        assert "flash" not in readme.table([("gpu", result_of("GPU", "now", rows))])
 
 
 class TestCommit:
@@ -352,17 +208,8 @@ class TestCommit:
 
 @pytest.mark.parametrize("options", [[], ["--no-pictures"]])
 def test_pictures_may_wait_for_the_report(options: list[str], tmp_path: Path) -> None:
-    arguments = [
-        "attention",
-        "--quick",
-        "--peers",
-        "sdpa",
-        "--directions",
-        "forward",
-        "--output",
-        str(tmp_path),
-    ]
-    assert cli.main([*arguments, "--shapes", "B1-H1-D8-S16", *options]) == 0
+    line = "attention --quick --shapes B1-H1-D8-S16 --peers sdpa --directions forward"
+    assert cli.main([*line.split(), "--output", str(tmp_path), *options]) == 0
     assert any(tmp_path.glob("*/plots")) == (not options)
 
 
@@ -398,14 +245,10 @@ def test_how_long_it_takes_is_said_before_and_a_remark_once(
 
 def test_a_remark_that_differs_in_a_figure_alone_stands_once() -> None:
     wrong = "wrong answer, not timed: relative error out {} (limit 4e-02)"
-    rows = [
-        replace(a_row("flex", 1.0), reason=wrong.format(error)) for error in ("1.5e-01", "2.5e-01", "nan")
-    ]
-    rows += [
-        replace(a_row("sdpa", 1.0), reason=f"faster than its floor of {ms} ms (exp2)") for ms in ("12", "0.3")
-    ]
-    rows += [replace(a_row(f"fa{n}", 1.0), reason=f"FlashAttention-{n} is not installed") for n in (2, 4)]
-    remarks = terminal_table(result_of("GPU", "now", rows)).partition("remarks:\n")[2].splitlines()
+    rows = [a_row("flex", 1.0, reason=wrong.format(error)) for error in ("1.5e-01", "2.5e-01", "nan")]
+    rows += [a_row("sdpa", 1.0, reason=f"faster than its floor of {ms} ms (exp2)") for ms in ("12", "0.3")]
+    rows += [a_row(f"fa{n}", 1.0, reason=f"FlashAttention-{n} is not installed") for n in (2, 4)]
+    remarks = terminal_table(result_of(rows)).partition("remarks:\n")[2].splitlines()
     assert remarks == [
         f"  flex: {wrong.format('1.5e-01')} (and 1 with other figures)",
         f"  flex: {wrong.format('nan')}",

@@ -1,12 +1,6 @@
-"""`python -m bench tune`: what it asks, compiles and times is what the benchmark launches; wrong or slow never wins."""
+"""`python -m bench tune` times every kernel alone, lets no wrong or slow one win, and keeps every answer."""
 
-import faulthandler
 import json
-import os
-import pickle
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,157 +13,12 @@ from padfree._triton import configs
 from padfree._triton.configs import Config
 from padfree_bench.measuring import timing
 from padfree_bench.measuring.errors import DeviceLost
-from padfree_bench.tuning import tune, tune_candidates
-from padfree_bench.tuning.tune_candidates import Found, Item, Question, Work
+from padfree_bench.tuning import tune
+from padfree_bench.tuning.tune_candidates import Found, Question, Work
+from tiny_bench import CPU
 
-ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 SMALL = "B2-H2-D8-S40-pad50-fp16"
 HEADLINE = tune.questions(tune.HEADLINE, ",".join(tune.PASSES))
-
-# The hash is Triton's name for a compiled kernel, in its cache too: made of source, types, divisibility and constants.
-SAME_KERNELS = """
-import torch
-from padfree._triton import autograd
-from padfree_bench.compiled.aot import compile_only
-from padfree_bench.compiled.aot_calls import KERNELS
-from padfree_bench.measuring.inputs import make_inputs
-from padfree_bench.tuning.tune import PASSES, questions
-from padfree_bench.tuning.tune_candidates import compile_candidate
-
-torch.set_num_threads(1)
-asked = questions({case!r}, ",".join(PASSES))
-inputs = make_inputs(asked[0].case, "cpu")
-leaves = [x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
-with compile_only(90, tuple(KERNELS[name][0] for name in PASSES)) as launched:
-    out, _ = autograd.run(*leaves, inputs.padding, None, autograd.KernelOptions.of(inputs.query, None, 0.0, None, True))
-    torch.autograd.grad(out, leaves, inputs.d_out)
-for question, kernel in zip(asked, launched, strict=True):
-    mine = compile_candidate(question.passname, question.case, question.row.config)
-    print(question, kernel.kernel.hash == mine.kernel.hash and kernel.grid == mine.grid)
-"""
-
-
-@pytest.mark.parametrize("case", tune.HEADLINE.split(","))
-def test_what_is_compiled_beforehand_is_what_the_benchmark_launches(case: str, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT / 'bench'}", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", SAME_KERNELS.format(case=case)],
-        env=environment, check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.stdout.splitlines() == [f"{name} {case} True" for name in tune.PASSES], done.stderr
-
-
-def test_the_screened_candidates_belong_to_todays_table() -> None:
-    rows = tune_candidates.read_candidates(tune.CANDIDATES)
-    for question in HEADLINE:
-        configs = [
-            r["config"] for r in rows if (r["pass"], r["case"]) == (question.passname, question.case.id)
-        ]
-        assert question.row.config in configs, f"{question}: run python -m bench tune --screen"
-        assert 2 < len(set(configs)) == len(configs) <= tune_candidates.MOST
-
-
-def test_what_to_compile_beforehand_can_be_sent_to_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[tuple[object, ...]] = []
-    monkeypatch.setattr(tune_candidates, "compile_candidate", lambda *item: compiled.append(item))
-    items = tune.warm_items()
-    assert pickle.loads(pickle.dumps(items)) == items
-    for item in items:
-        tune.compile_item(json.loads(json.dumps(item)))
-    offered = tune.offers(HEADLINE)
-    assert compiled == [(q.passname, q.case, row["config"]) for q, rows in offered.items() for row in rows]
-    assert all(isinstance(config, Config) for _, _, config in compiled)
-
-
-def test_what_is_not_compiled_within_half_of_the_time_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "compile_item", what_a_compiler_does)
-    rows: dict[Question, list[Found]] = {question: [{"config": "sleep"}] for question in HEADLINE[:2]}
-    rows[HEADLINE[0]].append({"config": "good"})
-    list(tune.in_children(what_a_compiler_does, [], jobs=1))  # pays what the first call in a process costs
-    # Half of it is for "good", however busy the machine; a sleeper would take four times the half.
-    tune.compile_beforehand(rows, jobs=3, deadline=time.monotonic() + 30)
-    late = {"config": "sleep", "refused": "not compiled in half of the time given"}
-    assert rows == {HEADLINE[0]: [late, {"config": "good", "registers": 32}], HEADLINE[1]: [late]}
-
-
-def test_a_shortlist_holds_the_current_row_and_the_best_of_every_tile() -> None:
-    current = Config(64, 64, 4, 3)
-
-    def rows(*tile: int, us: float, **more: object) -> list[Found]:
-        depths = (1, 2, 3, 4)
-        return [{"config": Config(*tile, depth), "predicted_us": us + depth, **more} for depth in depths]
-
-    found = (
-        rows(64, 64, 4, us=20) + rows(128, 64, 8, us=22) + rows(128, 64, 4, us=21) + rows(64, 32, 4, us=23)
-    )
-    found += rows(128, 128, 8, us=28) + rows(64, 128, 4, us=5, refused="spills")
-    found[2]["refused"] = "16 bytes on the stack"
-    kept = tune_candidates.shortlist(current, found)
-    tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (64, 32, 4)]
-    first, second = [Config(*tile, 3) for tile in tiles], [Config(*tile, 4) for tile in tiles]
-    first[0], second[0] = Config(64, 64, 4, 4), Config(64, 64, 4, 2)  # the current row is not offered twice
-    assert [row["config"] for row in kept[:9]] == [current, *first, *second]
-    assert len(kept) == tune_candidates.MOST
-    assert kept[0]["reason"] == "current row; 16 bytes on the stack" and "refused" not in kept[0]
-
-
-def what_a_compiler_does(item: Item) -> Found:
-    what = item[-1] if isinstance(item, tuple) else item
-    os.write(2, b"thousands of lines of MLIR\n")
-    if what == "crash":
-        faulthandler.disable()
-        os.abort()
-    if what == "raise":
-        raise RuntimeError("PassManager::run failed\nand more")
-    while what == "work" or (what == "sleep" and not time.sleep(60)):
-        pass
-    return {"registers": 32}
-
-
-def test_a_compiler_that_crashes_stalls_or_raises_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    items = ["crash", "raise", "work", "sleep", "good"]
-    found = dict(tune_candidates.in_children(what_a_compiler_does, items, jobs=5, seconds=10))  # type: ignore[arg-type]
-    assert found == {
-        "crash": {"refused": "the compiler crashed"},
-        "raise": {"refused": "PassManager::run failed"},
-        "work": {"refused": "not compiled within 10 s"},
-        "sleep": {"refused": "not compiled within 10 s"},
-        "good": {"registers": 32},
-    }
-    assert capfd.readouterr().err == ""
-
-
-# A compiler hands its code to an assembler, a process of its own, which says here who it is.
-KILLED = """
-import subprocess, sys
-from padfree_bench.tuning.tune_candidates import in_children
-
-ASSEMBLE = "echo $$ > $0.new && mv $0.new $0 && exec sleep 60"
-list(in_children(lambda path: subprocess.run(["sh", "-c", ASSEMBLE, path]), sys.argv[1:], jobs=1))
-"""
-
-
-def test_a_run_that_is_killed_leaves_no_assembler_beside_the_next_one(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT / 'bench'}"}
-    path = tmp_path / "pid"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], env=environment)
-    try:
-        while not path.exists():
-            time.sleep(0.05)
-        assembler = int(path.read_text())
-    finally:
-        process.kill()
-        process.wait()
-    # ten minutes: it takes a moment, or does not come
-    for _ in range(6000):
-        status = Path(f"/proc/{assembler}/stat")
-        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.1)
-    os.kill(assembler, signal.SIGKILL)
-    pytest.fail("the assembler outlived the run")
 
 
 @pytest.fixture

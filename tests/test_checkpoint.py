@@ -81,15 +81,7 @@ def take_a_neighbours_content(path: Path, draw: random.Random) -> None:
     path.write_bytes(draw.choice(sorted(others)).read_bytes())
 
 
-HARM = (
-    flip_one_bit,
-    truncate,
-    zero_some,
-    append,
-    swap_two_bytes,
-    delete,
-    take_a_neighbours_content,
-)
+HARM = (flip_one_bit, truncate, zero_some, append, swap_two_bytes, delete, take_a_neighbours_content)
 
 
 def test_every_mutation_of_a_checkpoint_is_detected(folder: Path) -> None:

@@ -1,11 +1,8 @@
-"""The three commands as a user meets them: output is plain, `--help` is instant, every module is a program."""
+"""The three commands as a user meets them: one answer whichever way it is asked for, and plain output."""
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +13,7 @@ from imdb_classifier.checkpoints.run_folder import resolve
 from imdb_classifier.commands import cli, evaluate, predict, train
 from imdb_classifier.training import reporting
 from tiny_reviews import make_rows, train_arguments, write_csv
-from tiny_runs import SOURCES
-
-
-def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": SOURCES, **variables}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+from tiny_runs import run_python
 
 
 @pytest.fixture
@@ -102,12 +92,7 @@ def test_the_table_of_predict_has_one_line_a_review_whatever_the_review_holds(
     lines = capsys.readouterr().out.removesuffix("\n").split("\n")
     shown = [line.split("\t")[2] for line in lines]
     assert [len(line.split("\t")) for line in lines] == [3] * len(texts)
-    assert shown[:4] == [
-        r"a\nb\tc\rd",
-        r"\x1b[31mred\x1b[0m \u2028 \u202e",
-        r"a\\nb",
-        "caf\u00e9 \U0001f600",
-    ]
+    assert shown[:4] == [r"a\nb\tc\rd", r"\x1b[31mred\x1b[0m \u2028 \u202e", r"a\\nb", "caf\u00e9 \U0001f600"]
     assert all(line.isprintable() for line in shown)
 
 
@@ -166,102 +151,6 @@ def test_the_choices_offered_are_the_names_the_model_knows() -> None:
 
     assert set(cli.PRESET_CHOICES) == set(PRESETS)
     assert set(cli.PRECISION_CHOICES) == set(DTYPES)
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
-def test_help_answers_without_loading_torch_or_transformers(command: str) -> None:
-    program = (
-        f"import sys; from imdb_classifier.commands.{command} import main; status = main(['--help'])\n"
-        "sys.exit(status or any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')))"
-    )
-    before = sum(os.times()[2:4])
-    shown = run_python("-c", program)
-    # CPU time of the child, which other work on the machine does not use up; torch alone takes more
-    assert sum(os.times()[2:4]) - before < 1
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert f"usage: imdb-{command}" in shown.stdout
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
-def test_the_modules_run_as_programs_and_print_one_line_for_bad_input(command: str) -> None:
-    shown = run_python("-m", f"imdb_classifier.commands.{command}", "--batch-size", "0")
-    assert shown.returncode == 2
-    assert shown.stdout == ""
-    assert shown.stderr == (
-        f"imdb-{command}: error: argument --batch-size: 0 is out of range, expected 1 or more "
-        f"(see imdb-{command} --help)\n"
-    )
-
-
-# The commands of a process that cannot import datasets, one after the other until one fails.
-WITHOUT_DATASETS = """
-import importlib, json, sys
-sys.modules["datasets"] = None
-for command, arguments in json.loads(sys.argv[1]):
-    if status := importlib.import_module("imdb_classifier.commands." + command).main(arguments):
-        sys.exit(status)
-"""
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_the_commands_need_no_package_datasets_for_a_file(suffix: str, tmp_path: Path) -> None:
-    rows = make_rows(60, seed=1)
-    file = tmp_path / f"train.{suffix}"
-    if suffix == "csv":
-        write_csv(file, rows)
-    else:
-        import pyarrow.parquet
-
-        records = [{"text": text, "label": label} for text, label in rows]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
-    run = tmp_path / "run"
-    commands = [
-        ("train", train_arguments(file, run, "--epochs", "1")),
-        ("evaluate", ["--checkpoint", str(run), "--cache-dir", str(tmp_path / "cache"), "--json"]),
-        ("predict", ["--checkpoint", str(run), "--json", "a good film"]),
-    ]
-    shown = run_python("-c", WITHOUT_DATASETS, json.dumps(commands))
-    assert shown.returncode == 0, shown.stderr
-    evaluated, predicted = map(json.loads, shown.stdout.splitlines()[-2:])
-    assert (evaluated["reviews"], predicted["text"]) == (12, "a good film")
-    # train, validation and test; the evaluation finds its split there
-    assert len(list((tmp_path / "cache").iterdir())) == 3
-
-
-@pytest.mark.parametrize(
-    ("absent", "named"),
-    [
-        (["accelerate", "safetensors", "transformers"], "packages accelerate, safetensors, transformers"),
-        (["torch"], "package torch"),
-    ],
-    ids=["of the extra", "of the kernel"],
-)
-def test_all_missing_packages_are_named_at_once_with_a_command_that_installs_them(
-    absent: list[str], named: str
-) -> None:
-    program = (
-        f"import sys; sys.modules |= dict.fromkeys({absent})\n"
-        "from imdb_classifier.commands.predict import main; sys.exit(main(['--checkpoint', '.', 'a film']))"
-    )
-    shown = run_python("-c", program)
-    assert (shown.returncode, shown.stdout) == (2, "")
-    assert shown.stderr == (
-        f"imdb-predict: error: needs the Python {named}: pip install -e '.[train]' in the repository of padfree\n"
-    )
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_hub_id_without_the_package_datasets_is_one_line_and_status_2(
-    command: str, finished_run: Path, tmp_path: Path
-) -> None:
-    where = {"train": ["--output-dir", str(tmp_path)], "evaluate": ["--checkpoint", str(finished_run)]}
-    arguments = ["--dataset", "stanfordnlp/imdb", *where[command]]
-    shown = run_python("-c", WITHOUT_DATASETS, json.dumps([(command, arguments)]))
-    assert (shown.returncode, shown.stdout) == (2, "")
-    assert shown.stderr == (
-        f"imdb-{command}: error: dataset 'stanfordnlp/imdb' needs the package datasets: "
-        "pip install datasets, or pip install -e '.[train,hub]' in padfree's folder\n"
-    )
 
 
 class Terminal(io.StringIO):

@@ -1,6 +1,6 @@
 """One small case of every variant through the kernels: the first thing to run after a change, in seconds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,6 @@ from drawn import chosen, normal
 from known_bugs import KERNEL, assert_same_bits, fill_padding, kernel_results
 from padfree.testing import (
     Inputs,
-    Results,
     assert_matches_reference,
     assert_within_reference_error,
     eager_attention,
@@ -23,129 +22,43 @@ from padfree.testing import (
 
 HALF = torch.float16
 
-
 noise = partial(normal, seed=9)
 hidden = partial(chosen, share=0.3, seed=8)
+inputs_of = partial(partial, make_inputs, lse_gradient=True)
 
-
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "grouped heads, ragged tiles": (
-        {"batch": 2, "heads": 4, "kv_heads": 2, "queries": 37, "keys": 70, "head_dim": 24, "dtype": HALF},
-        {},
-    ),
-    "bf16, holes": (
-        {
-            "batch": 3,
-            "heads": 2,
-            "queries": 20,
-            "keys": 45,
-            "head_dim": 16,
-            "dtype": torch.bfloat16,
-            "padding": "holes",
-        },
-        {},
-    ),
+# batch, heads, queries, keys and head_dim of the inputs, and the options of the call
+VARIANTS: dict[str, tuple[Callable[..., Inputs], dict[str, Any]]] = {
+    "grouped heads, ragged tiles": (inputs_of(2, 4, 37, 70, 24, kv_heads=2, dtype=HALF), {}),
+    "bf16, holes": (inputs_of(3, 2, 20, 45, 16, dtype=torch.bfloat16, padding="holes"), {}),
     "causal with a dead sample": (
-        {
-            "batch": 2,
-            "heads": 1,
-            "queries": 45,
-            "keys": 45,
-            "head_dim": 16,
-            "dtype": HALF,
-            "padding": "zero_keys",
-        },
+        inputs_of(2, 1, 45, 45, 16, dtype=HALF, padding="zero_keys"),
         {"window": (None, 0)},
     ),
-    "window over several tiles": (
-        {"batch": 1, "heads": 1, "queries": 150, "keys": 150, "head_dim": 16, "padding": "both_sides"},
-        {"window": (50, 40)},
-    ),
+    "window over several tiles": (inputs_of(1, 1, 150, 150, 16, padding="both_sides"), {"window": (50, 40)}),
     "window open on the right, skipped queries": (
-        {"batch": 2, "heads": 1, "queries": 70, "keys": 70, "head_dim": 16, "dtype": HALF, "padding": "left"},
+        inputs_of(2, 1, 70, 70, 16, dtype=HALF, padding="left"),
         {"window": (5, None), "skip_padded_queries": True},
     ),
-    "window over several tiles, no padding": (
-        {"batch": 1, "heads": 1, "queries": 150, "keys": 150, "head_dim": 16, "padding": "none"},
-        {"window": (60, 35)},
-    ),
-    "causal over several half tiles": (
-        {
-            "batch": 1,
-            "heads": 1,
-            "queries": 140,
-            "keys": 140,
-            "head_dim": 16,
-            "dtype": HALF,
-            "padding": "none",
-        },
-        {"window": (None, 3)},
-    ),
+    "window over several tiles, no padding": (inputs_of(1, 1, 150, 150, 16), {"window": (60, 35)}),
+    "causal over several half tiles": (inputs_of(1, 1, 140, 140, 16, dtype=HALF), {"window": (None, 3)}),
     "skipped queries with holes": (
-        {
-            "batch": 3,
-            "heads": 2,
-            "queries": 70,
-            "keys": 70,
-            "head_dim": 16,
-            "dtype": HALF,
-            "padding": "both_sides",
-        },
+        inputs_of(3, 2, 70, 70, 16, dtype=HALF, padding="both_sides"),
         {"skip_padded_queries": True},
     ),
-    "keys past one scan of the mask": (
-        {
-            "batch": 2,
-            "heads": 1,
-            "queries": 3,
-            "keys": 600,
-            "head_dim": 16,
-            "dtype": HALF,
-            "padding": "both_sides",
-        },
-        {},
-    ),
-    "one query": (
-        {
-            "batch": 3,
-            "heads": 2,
-            "queries": 1,
-            "keys": 600,
-            "head_dim": 16,
-            "dtype": HALF,
-            "padding": "holes",
-        },
-        {},
-    ),
+    "keys past one scan of the mask": (inputs_of(2, 1, 3, 600, 16, dtype=HALF, padding="both_sides"), {}),
+    "one query": (inputs_of(3, 2, 1, 600, 16, dtype=HALF, padding="holes"), {}),
     "one query of grouped heads": (
-        {
-            "batch": 2,
-            "heads": 4,
-            "kv_heads": 2,
-            "queries": 1,
-            "keys": 290,
-            "head_dim": 16,
-            "dtype": HALF,
-            "padding": "left",
-        },
+        inputs_of(2, 4, 1, 290, 16, kv_heads=2, dtype=HALF, padding="left"),
         {"window": (None, 150), "scale": 0.3},
     ),
-    "a scale of its own": (
-        {"batch": 1, "heads": 2, "queries": 18, "keys": 18, "head_dim": 16, "dtype": HALF, "padding": "left"},
-        {"scale": -0.7},
-    ),
+    "a scale of its own": (inputs_of(1, 2, 18, 18, 16, dtype=HALF, padding="left"), {"scale": -0.7}),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_matches_the_reference(variant: str) -> None:
-    shape, options = VARIANTS[variant]
-    assert_matches_reference(
-        KERNEL,
-        [make_inputs(**shape, lse_gradient=True, seed=seed) for seed in (1, 2, 3)],
-        name=variant,
-        **options,
-    )
+    inputs, options = VARIANTS[variant]
+    assert_matches_reference(KERNEL, [inputs(seed=seed) for seed in (1, 2, 3)], name=variant, **options)
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 3.0])
@@ -222,79 +135,11 @@ def test_dropout_matches_the_reference_under_its_own_mask(queries: int) -> None:
     assert_matches_reference(reference_options, inputs, dropout_mask=dropped, dropout_p=0.3)
 
 
-def packed(inputs: Inputs, lengths: list[int]) -> Iterator[Tensor]:
-    """query, key, value and d_out as [T, H, D]: the first lengths[b] rows of each sequence."""
-    for tensor in (inputs.query, inputs.key, inputs.value, inputs.d_out):
-        yield torch.cat([tensor[b, :, :n].transpose(0, 1) for b, n in enumerate(lengths)]).requires_grad_()
-
-
-@pytest.mark.parametrize("window", [None, (3, 2)])
-def test_packed_sequences_equal_padded_ones_bit_for_bit(window: Any) -> None:
-    lengths = [5, 70, 0, 33]
-    inputs = make_inputs(4, 4, 70, 70, 16, kv_heads=2, dtype=HALF)
-    padding = torch.arange(70)[None] >= torch.tensor(lengths)[:, None]
-    wanted = kernel_results(
-        replace(inputs, key_padding_mask=padding), window=window, skip_padded_queries=True
-    )
-    query, key, value, d_out = packed(inputs, lengths)
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    call = (query, key, value, ends, ends, 70, 70)
-    out, lse = padfree.attention_varlen(*call, window=window, return_lse=True, impl="triton")
-    gradients = torch.autograd.grad(out, (query, key, value), d_out.detach())
-    for name, got in zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True):
-        padded = getattr(wanted, name)
-        assert torch.equal(
-            got, torch.cat([padded[b, :, :n].transpose(0, 1) for b, n in enumerate(lengths)])
-        ), name
-    assert torch.equal(lse, torch.cat([wanted.lse[b, :, :n] for b, n in enumerate(lengths)], dim=1))
-
-
-def test_packed_queries_and_keys_of_unequal_lengths_match_the_reference() -> None:
-    queries, keys = torch.tensor([0, 3, 20]).int(), torch.tensor([0, 30, 37]).int()
-    call = torch.randn(20, 2, 16), torch.randn(37, 2, 16), torch.randn(37, 2, 16), queries, keys, 17, 30
-    torch.testing.assert_close(
-        padfree.attention_varlen(*call, impl="triton"), padfree.reference_varlen(*call), rtol=1e-5, atol=1e-6
-    )
-
-
-def test_a_mask_for_each_sequence_is_the_same_in_every_form() -> None:
-    inputs = make_inputs(3, 2, 9, 40, 16, padding="right")
-    mask = inputs.key_padding_mask
-    assert mask is not None and not torch.equal(mask[0], mask[1])
-    wanted = kernel_results(inputs)
-    for form in (mask[:, None], mask[:, None, None]):
-        assert_same_bits(kernel_results(replace(inputs, key_padding_mask=form)), wanted)
-
-
 def test_an_explicit_triton_raises_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(padfree._dispatch, "why_not_device", lambda *_: "no GPU")
     query = torch.zeros(1, 1, 4, 16)
     with pytest.raises(RuntimeError, match="^impl='triton' cannot run: no GPU; or use impl='reference'$"):
         padfree.attention(query, query, query, impl="triton")
-
-
-@pytest.mark.parametrize("scale", [None, -0.5])
-def test_a_fused_buffer_equals_three_tensors_bit_for_bit(scale: float | None) -> None:
-    inputs = make_inputs(2, 2, 37, 37, 16, padding="both_sides", lse_gradient=True)
-    wanted = kernel_results(inputs, scale=scale, skip_padded_queries=True)
-    qkv = (
-        torch.stack([inputs.query, inputs.key, inputs.value], 2)
-        .permute(0, 3, 2, 1, 4)
-        .contiguous()
-        .requires_grad_()
-    )
-    out, lse = padfree.attention_qkvpacked(
-        qkv, inputs.key_padding_mask, scale=scale, skip_padded_queries=True, return_lse=True, impl="triton"
-    )
-    assert inputs.d_lse is not None
-    live = lse != -float("inf")
-    gradient = torch.autograd.grad(
-        [out, lse.masked_fill(~live, 0)],
-        qkv,
-        [inputs.d_out.transpose(1, 2), inputs.d_lse.masked_fill(~live, 0)],
-    )[0]
-    dq, dk, dv = gradient.permute(2, 0, 3, 1, 4)
-    assert_same_bits(Results(out.transpose(1, 2).detach(), lse.detach(), dq, dk, dv), wanted)
 
 
 def test_padding_is_inert_on_every_variant() -> None:
@@ -374,24 +219,6 @@ def test_the_lse_alone_gives_the_gradient_it_gives_beside_a_zero_one() -> None:
     assert torch.equal(
         alone, torch.autograd.grad([out, lse], query, [torch.zeros_like(out), inputs.d_lse])[0]
     )
-
-
-def test_what_lies_beyond_the_longest_length_given_takes_no_part() -> None:
-    """A wrong max_seqlen cannot be reported, but its rows are 0 and the other gradients those of the shorter sequence."""
-    lengths, most = torch.tensor([70, 20]), 40
-    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    kept = torch.cat([torch.arange(40), torch.arange(70, 90)])
-    cut = torch.tensor([0, 40, 60], dtype=torch.int32)
-    query, key, value, d_out = (noise(90, 2, 16, seed=s).half() for s in range(4))
-
-    def results(rows: Tensor, offsets: Tensor) -> list[Tensor]:
-        leaves = [x[rows].requires_grad_() for x in (query, key, value)]
-        out = padfree.attention_varlen(*leaves, offsets, offsets, most, most, impl="triton")
-        return [out, *torch.autograd.grad(out, leaves, d_out[rows])]
-
-    for got, wanted in zip(results(torch.arange(90), cu), results(kept, cut), strict=True):
-        assert torch.equal(got[kept], wanted)
-        assert not got[40:70].any()
 
 
 def test_the_output_may_be_changed_in_place() -> None:

@@ -162,9 +162,7 @@ def test_any_strides_of_the_masks_give_the_same_bits(mask_view: str) -> None:
     inputs = make_inputs(3, 2, 11, 19, 16)
     viewed = replace(inputs, key_padding_mask=views[mask_view][0], attn_mask=views[mask_view][1])
     plain = replace(
-        inputs,
-        key_padding_mask=views[mask_view][0].contiguous(),
-        attn_mask=views[mask_view][1].contiguous(),
+        inputs, key_padding_mask=views[mask_view][0].contiguous(), attn_mask=views[mask_view][1].contiguous()
     )
     assert_same_bits(kernel_results(viewed), kernel_results(plain))
 

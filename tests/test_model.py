@@ -154,10 +154,7 @@ def test_flex_attention_keeps_the_logits():
 def test_computing_row_0_alone_in_the_last_layer_is_exact(preset, attention):
     ids = make_reviews()
     whole = make_classifier(preset, attention, cls_only_last_layer=False)
-    assert_same(
-        logit_and_gradients(make_classifier(preset, attention), ids),
-        logit_and_gradients(whole, ids),
-    )
+    assert_same(logit_and_gradients(make_classifier(preset, attention), ids), logit_and_gradients(whole, ids))
 
 
 @pytest.mark.filterwarnings("ignore:padfree falls back .* 4 dimensions")

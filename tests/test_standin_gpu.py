@@ -9,6 +9,7 @@ TESTS = Path(__file__).parent
 # Those in which most calls of the kernel by name stand, and which the stand-in gets through in seconds.
 FILES = (
     "test_backward.py",
+    "test_every_form.py",
     "test_every_variant.py",
     "test_forward.py",
     "test_known_bugs_masks.py",

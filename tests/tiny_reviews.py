@@ -12,21 +12,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 WORDS = {0: ["awful", "dull", "boring", "worst"], 1: ["great", "superb", "moving", "best"]}
 FILLER = [
-    "the",
-    "film",
-    "was",
-    "a",
-    "story",
-    "of",
-    "two",
-    "people",
-    "who",
-    "went",
-    "to",
-    "town",
-    "and",
-    "back",
-]
+    "the", "film", "was", "a", "story", "of", "two", "people", "who", "went", "to", "town", "and", "back",
+]  # fmt: skip
 
 
 def make_rows(count: int, seed: int) -> list[tuple[str, int]]:

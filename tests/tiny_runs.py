@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from imdb_classifier.checkpoints import run_folder
 from imdb_classifier.commands import train
 from imdb_classifier.training import reporting
 from tiny_reviews import train_arguments, write_reviews
@@ -32,6 +35,19 @@ def finished_run(dataset: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below this folder by its name, links followed, without the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != run_folder.LOCK_FILE)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": SOURCES, **variables}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def log_without_clock(run: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The table of wrong calls: every entry point of the library, and what can be wrong with each of its arguments."""
 
 from bad_calls.entry_points import ENTRY_POINTS, BadCall
-from bad_calls.options import options, sequences, singles
+from bad_calls.options import of_attention, of_attention_qkvpacked, of_attention_weights, options, sequences
 from bad_calls.tensors import attn_masks, layouts, padding_masks, tensors
 
 __all__ = ["BAD_CALLS", "ENTRY_POINTS", "BadCall"]
@@ -19,6 +19,8 @@ BAD_CALLS = [
     *sequences("attention_varlen", "cu_seqlens_q", "max_seqlen_q"),
     *sequences("attention_varlen", "cu_seqlens_k", "max_seqlen_k"),
     *sequences("attention_qkvpacked_varlen", "cu_seqlens", "max_seqlen"),
-    *singles(),
+    *of_attention(),
+    *of_attention_qkvpacked(),
+    *of_attention_weights(),
     *(row for entry_point in ENTRY_POINTS for row in layouts(entry_point)),
 ]

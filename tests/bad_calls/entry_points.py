@@ -44,3 +44,11 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]]
 
 # (entry_point, what is wrong, arguments replaced, exception, argument named, what came)
 BadCall = tuple[str, str, dict[str, Any], type[Exception], str, str]
+
+# (what is wrong, argument, its value, exception, what came)
+Wrong = tuple[str, str, Any, type[Exception], str]
+
+
+def one_wrong(entry_point: str, rows: list[Wrong]) -> list[BadCall]:
+    """Calls in which one argument alone is wrong, and is the one named."""
+    return [(entry_point, what, {name: value}, error, name, came) for what, name, value, error, came in rows]

@@ -5,117 +5,55 @@ from typing import Any
 import numpy as np
 import torch
 
-from bad_calls.entry_points import ENTRY_POINTS, TOKENS, B, BadCall, D, H, S
+from bad_calls.entry_points import ENTRY_POINTS, TOKENS, B, BadCall, D, H, S, Wrong, one_wrong
 
 
 def tensors(entry_point: str) -> list[BadCall]:
     """Wrong query, key and value."""
     shape = (B, H, S, D) if entry_point == "attention" else (TOKENS, H, D)
-    sizes = list(shape)
-    wide = [*shape[:-1], 2 * D]
-    rows: list[tuple[str, dict[str, Any], type[Exception], str, str]] = [
-        ("a query that is a list", {"query": [[0.0]]}, TypeError, "query", "list"),
-        ("a query that is None", {"query": None}, TypeError, "query", "NoneType"),
-        ("a query that is a numpy array", {"query": np.zeros(shape)}, TypeError, "query", "ndarray"),
-        (
-            "a query of a dimension too few",
-            {"query": torch.zeros(shape[1:])},
-            ValueError,
-            "query",
-            str(sizes[1:]),
-        ),
-        (
-            "a query of a dimension too many",
-            {"query": torch.zeros(1, *shape)},
-            ValueError,
-            "query",
-            str([1, *shape]),
-        ),
-        (
-            "an integer query",
-            {"query": torch.zeros(shape, dtype=torch.int64)},
-            TypeError,
-            "query",
-            "torch.int64",
-        ),
-        ("a bool query", {"query": torch.zeros(shape, dtype=torch.bool)}, TypeError, "query", "torch.bool"),
-        (
-            "a complex query",
-            {"query": torch.zeros(shape, dtype=torch.complex64)},
-            TypeError,
-            "query",
-            "torch.complex64",
-        ),
-        ("a sparse query", {"query": torch.zeros(shape).to_sparse()}, TypeError, "query", "torch.sparse_coo"),
-        ("a key of another dtype", {"key": torch.zeros(shape).half()}, TypeError, "key", "torch.float16"),
-        (
-            "a value of another dtype",
-            {"value": torch.zeros(shape).bfloat16()},
-            TypeError,
-            "value",
-            "torch.bfloat16",
-        ),
-        ("a key that is a float", {"key": 1.0}, TypeError, "key", "float"),
-        ("a value that is None", {"value": None}, TypeError, "value", "NoneType"),
-        ("a key on another device", {"key": torch.zeros(shape, device="meta")}, ValueError, "key", "meta"),
-        (
-            "a value on another device",
-            {"value": torch.zeros(shape, device="meta")},
-            ValueError,
-            "value",
-            "meta",
-        ),
-        ("a value with another head_dim", {"value": torch.zeros(wide)}, ValueError, "value", str(wide)),
-        (
-            "keys with another head_dim",
-            {"key": torch.zeros(wide), "value": torch.zeros(wide)},
-            ValueError,
-            "key",
-            str(2 * D),
-        ),
+    good, wide = torch.zeros(shape), [*shape[:-1], 2 * D]
+    rows: list[Wrong] = [
+        ("a query that is a list", "query", [[0.0]], TypeError, "list"),
+        ("a query that is None", "query", None, TypeError, "NoneType"),
+        ("a query that is a numpy array", "query", np.zeros(shape), TypeError, "ndarray"),
+        ("a query of a dimension too few", "query", good[0], ValueError, str([*shape[1:]])),
+        ("a query of a dimension too many", "query", good[None], ValueError, str([1, *shape])),
+        ("an integer query", "query", good.long(), TypeError, "torch.int64"),
+        ("a bool query", "query", good.bool(), TypeError, "torch.bool"),
+        ("a complex query", "query", good.to(torch.complex64), TypeError, "torch.complex64"),
+        ("a sparse query", "query", good.to_sparse(), TypeError, "torch.sparse_coo"),
+        ("a key of another dtype", "key", good.half(), TypeError, "torch.float16"),
+        ("a value of another dtype", "value", good.bfloat16(), TypeError, "torch.bfloat16"),
+        ("a key that is a float", "key", 1.0, TypeError, "float"),
+        ("a value that is None", "value", None, TypeError, "NoneType"),
+        ("a key on another device", "key", good.to("meta"), ValueError, "meta"),
+        ("a value on another device", "value", good.to("meta"), ValueError, "meta"),
+        ("a value with another head_dim", "value", torch.zeros(wide), ValueError, str(wide)),
     ]
-    heads_at = 1
-    odd = [*shape]
-    odd[heads_at] = 3
-    rows += [
-        (
-            "heads that do not divide",
-            {"key": torch.zeros(odd), "value": torch.zeros(odd)},
-            ValueError,
-            "key",
-            "3",
-        ),
-        (
-            "a head_dim of 0",
-            {n: torch.zeros(*shape[:-1], 0) for n in ("query", "key", "value")},
-            ValueError,
-            "query",
-            "0",
-        ),
-        (
-            "a head_dim above 256",
-            {n: torch.zeros(*shape[:-1], 257) for n in ("query", "key", "value")},
-            ValueError,
-            "query",
-            "257",
-        ),
+    return one_wrong(entry_point, rows) + sizes(entry_point, shape)
+
+
+def sizes(entry_point: str, shape: tuple[int, ...]) -> list[BadCall]:
+    """Several tensors of one wrong size together."""
+    keys, all_three = ("key", "value"), ("query", "key", "value")
+    heads = [*shape]
+    heads[1] = 3
+    rows: list[tuple[str, tuple[str, ...], list[int], str]] = [
+        ("keys with another head_dim", keys, [*shape[:-1], 2 * D], str(2 * D)),
+        ("heads that do not divide", keys, heads, "3"),
+        ("a head_dim of 0", all_three, [*shape[:-1], 0], "0"),
+        ("a head_dim above 256", all_three, [*shape[:-1], 257], "257"),
     ]
-    return [(entry_point, *row) for row in rows]
+    return [
+        (entry_point, what, {name: torch.zeros(size) for name in names}, ValueError, names[0], came)
+        for what, names, size, came in rows
+    ]
 
 
 def padding_masks(entry_point: str) -> list[BadCall]:
     """key_padding_mask in all the forms in which other libraries read it wrongly or silently."""
     good = torch.zeros(B, S, dtype=torch.bool)
-    rows: list[tuple[str, dict[str, Any], type[Exception], str, str]] = [
-        (
-            f"a {dtype} key_padding_mask",
-            {"key_padding_mask": good.to(dtype)},
-            TypeError,
-            "key_padding_mask",
-            str(dtype),
-        )
-        for dtype in (torch.uint8, torch.int64, torch.float32, torch.float16)
-    ]
+    dtypes = (torch.uint8, torch.int64, torch.float32, torch.float16)
     shapes = [
         (S,),
         (B, S + 1),
@@ -128,33 +66,14 @@ def padding_masks(entry_point: str) -> list[BadCall]:
         (B, 1, 1, 1, S),
         (),
     ]
-    rows += [
-        (
-            f"a key_padding_mask of shape {list(shape)}",
-            {"key_padding_mask": torch.zeros(shape, dtype=torch.bool)},
-            ValueError,
-            "key_padding_mask",
-            str(list(shape)),
-        )
-        for shape in shapes
+    cases: list[tuple[str, Any, type[Exception], str]] = [
+        *((f"a {dtype} key_padding_mask", good.to(dtype), TypeError, str(dtype)) for dtype in dtypes),
+        *((f"a key_padding_mask of shape {[*x]}", good.new_zeros(x), ValueError, str([*x])) for x in shapes),
+        ("a key_padding_mask that is a list", [[False]], TypeError, "list"),
+        ("a key_padding_mask on another device", good.to("meta"), ValueError, "meta"),
     ]
-    rows += [
-        (
-            "a key_padding_mask that is a list",
-            {"key_padding_mask": [[False]]},
-            TypeError,
-            "key_padding_mask",
-            "list",
-        ),
-        (
-            "a key_padding_mask on another device",
-            {"key_padding_mask": good.to("meta")},
-            ValueError,
-            "key_padding_mask",
-            "meta",
-        ),
-    ]
-    return [(entry_point, *row) for row in rows]
+    rows = [(what, "key_padding_mask", value, error, came) for what, value, error, came in cases]
+    return one_wrong(entry_point, rows)
 
 
 def attn_masks() -> list[BadCall]:
@@ -172,10 +91,8 @@ def attn_masks() -> list[BadCall]:
         ("of five dimensions", torch.zeros(1, B, H, S, S), ValueError, str([1, B, H, S, S])),
         ("of [B, S], a padding mask", torch.zeros(B, S, dtype=torch.bool), ValueError, str([B, S])),
     ]
-    return [
-        ("attention", f"an attn_mask {what}", {"attn_mask": mask}, e, "attn_mask", got)
-        for what, mask, e, got in cases
-    ]
+    rows = [(f"an attn_mask {what}", "attn_mask", mask, error, came) for what, mask, error, came in cases]
+    return one_wrong("attention", rows)
 
 
 def layouts(entry_point: str) -> list[BadCall]:
@@ -187,22 +104,10 @@ def layouts(entry_point: str) -> list[BadCall]:
         arguments["attn_mask"] = torch.zeros(B, H, S, S)
     if entry_point == "attention_weights":
         arguments["rows"] = torch.zeros(1, dtype=torch.int64)
-    rows: list[BadCall] = []
+    rows: list[Wrong] = []
     for name, tensor in arguments.items():
         for layout in (torch.strided, torch.jagged):
             nested = torch.nested.as_nested_tensor([tensor, tensor], layout=layout)
-            rows.append(
-                (
-                    entry_point,
-                    f"a nested {name} of layout {layout}",
-                    {name: nested},
-                    TypeError,
-                    name,
-                    "nested",
-                )
-            )
-        sparse = tensor.to_sparse()
-        rows.append(
-            (entry_point, f"a sparse {name} of any argument", {name: sparse}, TypeError, name, "sparse_coo")
-        )
-    return rows
+            rows.append((f"a nested {name} of layout {layout}", name, nested, TypeError, "nested"))
+        rows.append((f"a sparse {name} of any argument", name, tensor.to_sparse(), TypeError, "sparse_coo"))
+    return one_wrong(entry_point, rows)

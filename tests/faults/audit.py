@@ -25,6 +25,7 @@ from faults.fault import ROOT, Fault
 STRIDES = "test_known_bugs_shapes.py::test_any_strides_of_the"
 SUITE = (
     "test_every_variant.py",
+    "test_every_form.py",
     "test_not_a_number.py",
     "test_bad_calls.py",
     f"{STRIDES}_masks_give_the_same_bits",
