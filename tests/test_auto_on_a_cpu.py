@@ -258,3 +258,27 @@ def test_the_interpreter_being_on_does_not_change_what_auto_means(monkeypatch: p
         interpreted = padfree.attention(*tensors)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert torch.equal(interpreted, padfree.attention(*tensors))
+
+
+def test_one_key_head_is_shared_by_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.extend((key, value))
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(padfree._sdpa, "scaled_dot_product_attention", attend)
+    key = torch.randn(2, 1, 40, 8)
+    padfree.attention(torch.randn(2, 16, 4, 8), key, key)
+    assert [x.shape for x in seen] == [(2, 16, 40, 8)] * 2
+    assert {x.untyped_storage().nbytes() for x in seen} == {key.untyped_storage().nbytes()}
+
+
+@pytest.mark.parametrize("impl", ("auto", "reference"))
+def test_gradients_of_packed_tensors_have_their_layout(impl: str) -> None:
+    query, key = torch.randn(12, 4, 8, requires_grad=True), torch.randn(12, 2, 8, requires_grad=True)
+    qkv, ends = torch.randn(12, 3, 2, 8, requires_grad=True), torch.tensor([0, 5, 12], dtype=torch.int32)
+    out = padfree.attention_varlen(query, key, key, ends, ends, 7, 7, impl=impl)
+    packed = padfree.attention_qkvpacked(qkv, cu_seqlens=ends, max_seqlen=7, impl=impl)
+    for grad in torch.autograd.grad(out.sum() + packed.sum(), (query, key, qkv)):
+        assert grad.is_contiguous()

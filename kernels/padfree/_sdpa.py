@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from padfree._arguments import Arguments
-from padfree.reference import attend, attend_sequences, heads_of_queries, visible_keys, without_padding
+from padfree.reference import attend, attend_sequences, visible_keys, without_padding
 
 
 def attend_without_kernel(call: Arguments, impl: str) -> tuple[Tensor, Tensor | None]:
@@ -44,7 +44,9 @@ def _attend_by_sdpa(call: Arguments) -> tuple[Tensor, Tensor | None]:
         return attend(call)
     query, attn_mask, scale = call.query, call.attn_mask, call.options.scale
     key, value = (without_padding(x, call.padding) for x in (call.key, call.value))
-    key, value = heads_of_queries(query, key, value)
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        # A view where there is one key head, which `repeat_interleave` would copy once for every query head.
+        key, value = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (key, value))
     if call.padding is None and attn_mask is None and call.options.window is None:
         return scaled_dot_product_attention(query, key, value, scale=scale), None
     visible = visible_keys(call)

@@ -84,7 +84,9 @@ def attention_qkvpacked(
         packing = Packing(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     lse: Tensor | None
     if choose_impl(impl, qkv) == "reference":
-        call = Arguments(*split_qkv(qkv), padding, None, options, packing)
+        cut = split_qkv(qkv) if packing is None else (x.transpose(0, 1)[None] for x in qkv.unbind(1))
+        query, key, value = cut
+        call = Arguments(query, key, value, padding, None, options, packing)
         out, lse = attend_without_kernel(call, impl)
     else:
         from padfree._triton.autograd import KernelOptions, run_qkvpacked

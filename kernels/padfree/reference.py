@@ -37,7 +37,7 @@ def reference(
     can be replayed. Unlike the kernel this keeps the [B, H, M, N] scores in memory, and it can be differentiated twice.
     """
     query, key, value, attn_mask = under_autocast(query, key, value, attn_mask)
-    options = Options(dropout_p, scale, window, skip_padded_queries, return_lse)
+    options = Options(dropout_p, scale, window, skip_padded_queries, bool(return_lse))
     check_attention(query, key, value, key_padding_mask, attn_mask, options)
     call = Arguments(query, key, value, padding_rows(key_padding_mask), attn_mask, options)
     out, lse = attend(call, dropout_mask)
@@ -60,7 +60,7 @@ def reference_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`reference` on each sequence of a packed batch in turn; see `padfree.attention_varlen`."""
     query, key, value = under_autocast(query, key, value)
-    options = Options(dropout_p, scale, window, return_lse=return_lse)
+    options = Options(dropout_p, scale, window, return_lse=bool(return_lse))
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_varlen(query, key, value, packing, options)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
@@ -107,15 +107,17 @@ def attend_sequences(
     attend: Callable[[Arguments], tuple[Tensor, Tensor | None]], call: Arguments, packing: Packing
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` on each sequence of a packed call in turn, the results put together end to end."""
-    query, key, value = call[:3]
-    _, heads, rows, head_dim = query.shape
+    # [T, H, D], as the caller has them: gradients come out in the layout in which the sequences are cut.
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in call[:3])
+    rows, heads, head_dim = query.shape
     outs, lses = [], []
     # An empty sequence first, so that gradients reach the inputs where there is no other.
     q_ends, k_ends = ([0, *ends.tolist()] for ends in (packing.cu_seqlens_q, packing.cu_seqlens_k))
     for (q0, q1), (k0, k1) in zip(pairwise(q_ends), pairwise(k_ends), strict=True):
         q_stop, k_stop = min(q1, q0 + packing.max_seqlen_q), min(k1, k0 + packing.max_seqlen_k)
-        one = query[:, :, q0:q_stop], key[:, :, k0:k_stop], value[:, :, k0:k_stop]
-        out, lse = attend(Arguments(*one, None, None, call.options))
+        one = query[q0:q_stop], key[k0:k_stop], value[k0:k_stop]
+        q, k, v = (x.transpose(0, 1)[None] for x in one)
+        out, lse = attend(Arguments(q, k, v, None, None, call.options))
         outs += [out.transpose(1, 2), query.new_zeros(1, q1 - q_stop, heads, head_dim)]
         if lse is not None:
             lses += [lse, lse.new_full((1, heads, q1 - q_stop), -math.inf)]
@@ -158,7 +160,8 @@ def without_padding(x: Tensor, padding: Tensor | None) -> Tensor:
 def heads_of_queries(query: Tensor, *kv: Tensor) -> tuple[Tensor, ...]:
     """Keys and values [B, H_kv, N, D] with each head repeated for the queries of its group: [B, H, N, D]."""
     group = query.shape[1] // max(kv[0].shape[1], 1)
-    return kv if group == 1 else tuple(x.repeat_interleave(group, dim=1) for x in kv)
+    # Repeated once too: it makes them contiguous, and the last bits of a product depend on the strides.
+    return tuple(x.repeat_interleave(group, dim=1) for x in kv)
 
 
 def scale_of(query: Tensor, scale: float | None) -> float:
