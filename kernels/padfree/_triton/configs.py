@@ -55,7 +55,7 @@ TABLE: dict[Key, list[Row]] = {
         Row(
             Config(64, 64, 8, 2),
             "4 warps, or a third stage, keep 8 to 16 bytes on the stack there",
-            arch=(80, 86, 89, 100, 103),
+            arch=(80, 86, 89),
         ),
         Row(Config(64, 64, 4, 3), _SHORT),
     ],
@@ -86,7 +86,7 @@ TABLE: dict[Key, list[Row]] = {
     ],
     ("query_gradient", "half", 16): [
         Row(Config(64, 32, 4, 3), _H200, 1024, (90,), plain=True),
-        Row(Config(64, 32, 4, 2), _MMA_SYNC, arch=(80, 86, 89)),
+        Row(Config(64, 32, 4, 3), _MMA_SYNC + "; two stages keep 8 bytes on the stack", arch=(80, 86, 89)),
         Row(Config(64, 64, 4, 2), _SHORT),
     ],
     ("query_gradient", "half", 32): [Row(Config(64, 64, 4, 2), _SHORT)],
@@ -166,14 +166,22 @@ TABLE: dict[Key, list[Row]] = {
     ],
     ("attn_mask_gradient", "half", 128): [Row(Config(32, 32, 8, 1), _TWO_STATES)],
     ("attn_mask_gradient", "half", 256): [Row(Config(16, 32, 8, 1), _TWO_STATES)],
-    ("attn_mask_gradient", "float", 16): [Row(Config(32, 16, 8, 1), _IEEE)],
+    ("attn_mask_gradient", "float", 16): [
+        Row(
+            Config(16, 16, 4, 1),
+            "32 rows keep 88 bytes on the stack beside dropout and a window there",
+            arch=(80, 86, 89),
+        ),
+        Row(Config(32, 16, 8, 1), _IEEE),
+    ],
     ("attn_mask_gradient", "float", 32): [Row(Config(32, 16, 8, 1), _IEEE)],
     ("attn_mask_gradient", "float", 64): [
         Row(Config(32, 16, 8, 1), "32 keys keep 16 bytes on the stack there", arch=(90,)),
         Row(Config(32, 32, 8, 1), _IEEE),
     ],
     ("attn_mask_gradient", "float", 128): [
-        Row(Config(32, 16, 8, 1), _IEEE + "; 16 rows keep 8 bytes on the stack")
+        Row(Config(32, 16, 4, 1), "8 warps keep 24 bytes on the stack there", arch=(90,)),
+        Row(Config(32, 16, 8, 1), _IEEE + "; 16 rows keep 8 bytes on the stack"),
     ],
     ("attn_mask_gradient", "float", 256): [
         Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
