@@ -16,6 +16,7 @@ from torch import Tensor
 
 import padfree
 from padfree._triton import operators
+from padfree._triton.backward import launch_backward
 from padfree._triton.call import Call
 from padfree._triton.configs import choose
 from sanitizer import sanitize
@@ -72,7 +73,7 @@ def compute(inputs: dict[str, Tensor], outputs: dict[str, Tensor], queries: int 
         saved = (out, lse, d_out, d_lse)
         # One query's own backward has no gradient of attn_mask.
         d_mask = torch.empty(attn_mask.shape).half() if queries > 1 else None
-        operators._launch_backward(call, *saved, grads, d_mask)
+        launch_backward(call, *saved, grads, d_mask)
     results = {"out": out, "lse": lse, "dq": grads[0], "dk": grads[1], "dv": grads[2]}
     return results if d_mask is None else results | {"d_mask": d_mask}
 

@@ -6,6 +6,7 @@ from faults.fault import Fault
 
 launch = partial(Fault, file="_triton/call.py")
 op = partial(Fault, file="_triton/operators.py")
+backward = partial(Fault, file="_triton/backward.py")
 autograd = partial(Fault, file="_triton/autograd.py")
 checks = partial(Fault, file="_checks.py")
 arguments = partial(Fault, file="_arguments.py")
@@ -100,7 +101,7 @@ FAULTS = [
         "the fused buffer's gradient is laid out wrongly", "packing",
         fragment="lse2, d_out, d_lse2, split_qkv(d_qkv))", replacement="lse2, d_out, d_lse2, split_qkv(d_qkv)[::-1])",
     ),
-    op(
+    backward(
         "grouped heads take the single query's kernel", "ownership",
         fragment="single = call.max_q == 1 and call.heads == call.kv_heads", replacement="single = call.max_q == 1",
     ),

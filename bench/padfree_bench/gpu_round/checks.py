@@ -16,8 +16,9 @@ from padfree import attention, testing
 from padfree._dispatch import Impl
 from padfree._triton import configs
 from padfree_bench.gpu_round import agreement
-from padfree_bench.gpu_round.steps import HEADLINE, REHEARSE
+from padfree_bench.gpu_round.steps import REHEARSE
 from padfree_bench.measuring.cases import parse_case
+from padfree_bench.measuring.headline import HEADLINE
 from padfree_bench.measuring.inputs import make_inputs
 from padfree_bench.measuring.machine import pick_device
 from padfree_bench.measuring.timing import capture_graph, own_stream

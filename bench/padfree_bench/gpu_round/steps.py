@@ -9,21 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from padfree_bench.measuring.headline import HEADLINE, TUNED_ROWS
 from padfree_bench.measuring.processes import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[3]
 REHEARSE, PREPARE = "--rehearse", "--prepare"
 CARRY = ROOT / ".carry"
 BENCH = (sys.executable, "-m", "bench")
-# Names the file of the tune's rows that a step's process is to take.
-TUNED_ROWS = "PADFREE_TUNED_ROWS"
 PART_SECONDS = {"smoke": 240, "main": 510}
 # What the driver itself may take, beside its steps: to ask what machine this is, and to write files.
 VERSIONS_SECONDS, OVERHEAD_SECONDS = 12, 15
 # For the case that a suite is in when its minutes are over: longer where a peer may be compiling, or sequences are long.
 GRACE_SECONDS, LONG_GRACE_SECONDS = 12, 30
 
-HEADLINE = ("B64-H12-D64-S400-imdb-bf16", "B64-H4-D8-S400-imdb-bf16")
 CONTROL = ("B64-H12-D64-S512-full-bf16", "B64-H4-D8-S512-full-bf16")
 OTHER_HEADS = ("B64-H16-D128-S400-imdb-bf16", "B64-H8-D16-S400-imdb-bf16", "B64-H4-D32-S400-imdb-bf16")
 PRECISION = tuple(case.replace("bf16", dtype) for dtype in ("fp16", "fp32") for case in HEADLINE)

@@ -27,6 +27,7 @@ from padfree_bench.gpu_round import agreement, steps
 from padfree_bench.gpu_round.carry import unpack
 from padfree_bench.measuring import exp2_kernel, machine
 from padfree_bench.measuring.cases import parse_case
+from padfree_bench.measuring.headline import HEADLINE, TUNED_ROWS
 from padfree_bench.measuring.processes import in_pool
 from padfree_bench.peers import PEERS, padfree_peers
 from padfree_bench.tuning import tune
@@ -42,10 +43,10 @@ SOME = 12
 def items(part: str) -> list[Item]:
     """The calls of a part ("smoke", "main"), or those that only the tuned rows change ("tuned")."""
     if part == "tuned":
-        return peers_on(steps.HEADLINE, steps.OUR_PEERS) if tuned_rows().is_file() else []
+        return peers_on(HEADLINE, steps.OUR_PEERS) if tuned_rows().is_file() else []
     exp2 = ("exp2", launch_exp2)
     if part == "smoke":
-        return [*peers_on(steps.HEADLINE, steps.OUR_FIRST_PEERS), exp2, *checks(agreement.all_cases(ARCH))]
+        return [*peers_on(HEADLINE, steps.OUR_FIRST_PEERS), exp2, *checks(agreement.all_cases(ARCH))]
     trained = [(preset, width) for preset in ("notebook", "d768") for width in (400, 393)]
     return [
         *((f"tune {item}", partial(tune.compile_item, item)) for item in tune.warm_items()),
@@ -113,7 +114,7 @@ def compile_item(item: Item) -> tuple[list[bool], float]:
 
 def tuned_rows() -> Path:
     """The file of the rows that the tune accepted; no file where this process is to take none."""
-    return Path(os.environ.get(steps.TUNED_ROWS, ""))
+    return Path(os.environ.get(TUNED_ROWS, ""))
 
 
 @cache

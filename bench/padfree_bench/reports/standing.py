@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from padfree_bench.measuring import headline
 from padfree_bench.measuring.cases import parse_case
 from padfree_bench.measuring.results import AGAIN, OK, SECOND_WAVE, Result, Row, grouped
 
@@ -10,7 +11,7 @@ OURS = ("padfree-skip", "padfree", "padfree-qkv", "ours-padfree", "ours-sdpa")
 BASELINES = ("notebook", "sdpa")
 # They take input that somebody packed before the clock started.
 PACKED = ("varlen_attn", "flash-attn", "xformers", "nested")
-HEADLINE_CASES = ("B64-H12-D64-S400-imdb-bf16", "B64-H4-D8-S400-imdb-bf16", "B64-H12-D64-S512-full-bf16")
+HEADLINE_CASES = (*headline.HEADLINE, "B64-H12-D64-S512-full-bf16")
 HEADLINE = {(case, direction) for case in HEADLINE_CASES for direction in ("forward", "both")}
 # What stands for a headline's case where other sizes were measured: the same heads and kind of lengths.
 KINDS = {(case.heads, case.head_dim, case.lengths) for case in map(parse_case, HEADLINE_CASES)}

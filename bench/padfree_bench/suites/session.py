@@ -17,11 +17,10 @@ from tqdm import tqdm
 from padfree_bench.measuring import clocks, machine, results
 from padfree_bench.measuring.ceilings import Ceilings, measure_ceilings
 from padfree_bench.measuring.errors import DeviceLost, out_of_memory
+from padfree_bench.measuring.headline import TUNED_ROWS
 from padfree_bench.measuring.results import NOT_RUN, Result, Row
 from padfree_bench.measuring.timing import Effort, own_stream
 
-# A tune.json whose accepted rows come before the table's own, in this process.
-TUNED_ROWS = "PADFREE_TUNED_ROWS"
 MAIN_COLUMNS = [name for name in results.COLUMNS if name not in ("host_us", "gb_per_s", "remark")]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from padfree._triton import configs
 from padfree._triton.configs import Config, Row
 from padfree_bench.compiled.aot import why_not_compile
-from padfree_bench.measuring import machine
+from padfree_bench.measuring import headline, machine
 from padfree_bench.measuring.cases import Case, parse_case
 from padfree_bench.measuring.check import Truth, compute_truth, relative_error
 from padfree_bench.measuring.errors import DeviceLost
@@ -46,7 +46,7 @@ from padfree_bench.tuning.tune_candidates import (
     write_lines,
 )
 
-HEADLINE = "B64-H12-D64-S400-imdb-bf16,B64-H4-D8-S400-imdb-bf16"
+HEADLINE = ",".join(headline.HEADLINE)
 BASIS = {True: "measured on this GPU", False: "predicted by a static cost model, nothing was run"}
 # fp32 results whose truth is the current row's: its sums in another order.
 SAME = 1e-4

@@ -13,7 +13,7 @@ from padfree._arguments import split_qkv
 from padfree._triton.backward import launch_backward
 from padfree._triton.call import Call, heads_last
 from padfree._triton.forward import launch_forward
-from padfree._triton.single_query import launch_single_query_backward, launch_single_query_forward
+from padfree._triton.single_query import launch_single_query_forward
 
 SHARED_SCHEMA = (
     "Tensor? padding, Tensor? attn_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -38,25 +38,6 @@ def _forward(*call: Any) -> tuple[Tensor, Tensor]:
     return launch(described)
 
 
-def _launch_backward(
-    call: Call,
-    out: Tensor,
-    lse2: Tensor,
-    d_out: Tensor,
-    d_lse2: Tensor | None,
-    grads: tuple[Tensor, Tensor, Tensor],
-    d_attn_mask: Tensor | None = None,
-) -> None:
-    """The launcher that fits: a single query's kernel owns dk and dv only where heads are not grouped.
-
-    A saved-tensor hook may hand back the same numbers in another layout, of which the passes take lse2's for granted.
-    """
-    lse2 = lse2.contiguous()
-    single = call.max_q == 1 and call.heads == call.kv_heads and not call.is_empty
-    launch = launch_single_query_backward if single else launch_backward
-    launch(call, out, lse2, d_out, d_lse2, grads, d_attn_mask)
-
-
 def _backward(
     out: Tensor, lse2: Tensor, d_out: Tensor, d_lse2: Tensor | None, *call: Any
 ) -> tuple[Tensor, ...]:
@@ -65,7 +46,7 @@ def _backward(
     query, key, value, _padding, attn_mask = arguments[:5]
     grads = described.empty_like(query), described.empty_like(key), described.empty_like(value)
     d_attn_mask = attn_mask.new_empty(attn_mask.shape) if attn_mask_gradient else None
-    _launch_backward(described, out, lse2, d_out, d_lse2, grads, d_attn_mask)
+    launch_backward(described, out, lse2, d_out, d_lse2, grads, d_attn_mask)
     return *grads, lse2.new_empty(0) if d_attn_mask is None else d_attn_mask
 
 
@@ -73,7 +54,7 @@ def _backward_qkvpacked(
     out: Tensor, lse2: Tensor, d_out: Tensor, d_lse2: Tensor | None, qkv: Tensor, *options: Any
 ) -> Tensor:
     d_qkv = qkv.new_zeros(qkv.shape) if qkv.ndim == 4 else qkv.new_empty(qkv.shape)
-    _launch_backward(Call(*split_qkv(qkv), *options), out, lse2, d_out, d_lse2, split_qkv(d_qkv))
+    launch_backward(Call(*split_qkv(qkv), *options), out, lse2, d_out, d_lse2, split_qkv(d_qkv))
     return d_qkv
 
 

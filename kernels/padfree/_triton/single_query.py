@@ -7,12 +7,10 @@ of dk and dv of its head, and its dq. DESIGN.md, "One query".
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from padfree._triton.attn_mask_gradient import launch_attn_mask_gradient
 from padfree._triton.call import Call, on_device
 from padfree._triton.scores import (
     apply_attn_mask,
@@ -198,28 +196,23 @@ def launch_single_query_backward(
     lse2: Tensor,
     d_out: Tensor,
     d_lse2: Tensor | None,
+    delta: Tensor | None,
+    inverse: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
-    d_attn_mask: Tensor | None = None,
 ) -> None:
-    """Write dq, dk and dv of a call with max_q = 1 and no grouped heads, in one launch, and attn_mask's gradient."""
+    """Write dq, dk and dv of a call with max_q = 1 and no grouped heads and, where given, delta and inverse, in one launch."""
     dq, dk, dv = grads
-    delta = inverse = None
-    if d_attn_mask is not None:
-        delta, inverse = torch.empty_like(lse2), torch.empty_like(lse2)
     config = call.config("single_query")
-    with on_device(call.query):
-        single_query_backward_kernel[call.grid(1, 1, call.heads)](
-            inputs=call.inputs,
-            out=call.view(out),
-            lse2=call.view(lse2),
-            d_out=call.view(d_out),
-            d_lse2=call.view(d_lse2),
-            delta_ptr=delta,
-            inverse_ptr=inverse,
-            dq=call.view(dq),
-            dk=call.view(dk),
-            dv=call.view(dv),
-            **call.options(config, out, d_out, *grads),
-        )
-        if d_attn_mask is not None and delta is not None and inverse is not None:
-            launch_attn_mask_gradient(call, lse2, d_out, delta, inverse, d_attn_mask)
+    single_query_backward_kernel[call.grid(1, 1, call.heads)](
+        inputs=call.inputs,
+        out=call.view(out),
+        lse2=call.view(lse2),
+        d_out=call.view(d_out),
+        d_lse2=call.view(d_lse2),
+        delta_ptr=delta,
+        inverse_ptr=inverse,
+        dq=call.view(dq),
+        dk=call.view(dk),
+        dv=call.view(dv),
+        **call.options(config, out, d_out, *grads),
+    )
