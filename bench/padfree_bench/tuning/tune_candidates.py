@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,20 +91,23 @@ class Work:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, case = inputs, inputs.case
-        # No attn_mask, seed or cu_seqlens; every query sees every real key.
+        # Every query sees every real key.
         self.call = Call(
-            inputs.query, inputs.key, inputs.value, inputs.padding, None, None, None, None,
+            inputs.query, inputs.key, inputs.value, inputs.padding,
+            attn_mask=None, seed=None, cu_seqlens_q=None, cu_seqlens_k=None, key_lengths=None, spans=None,
             max_q=case.seq, max_k=case.seq, scale=case.head_dim**-0.5, dropout_p=0.0, left=OPEN, right=OPEN,
             skip_padded_queries=True,
         )  # fmt: skip
-        self.out, self.lse2 = launch_forward(self.call)
+        self.out, self.lse2, found = launch_forward(self.call)
+        self.backward_call = replace(self.call, spans=found)
         self.delta = self.launch("query_gradient")["delta"]
 
     def launch(self, passname: str, config: Config | None = None) -> dict[str, Tensor]:
         """What one launch of the pass writes, into new memory as in a backward; without a config by the table's row."""
-        call, d_out = self.call, self.inputs.d_out
+        call, d_out = self.backward_call, self.inputs.d_out
         if passname == "forward":
-            return dict(zip(("out", "lse2"), launch_forward(call, config), strict=True))
+            out, lse2, _ = launch_forward(self.call, config)
+            return {"out": out, "lse2": lse2}
         if passname == "query_gradient":
             dq, delta = call.empty_like(call.query), torch.empty_like(self.lse2)
             launch_query_gradient(call, self.out, self.lse2, d_out, None, delta, None, None, dq, config)
