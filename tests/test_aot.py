@@ -201,7 +201,8 @@ WIDE = {"3.7.1": (304, 0), "3.6.0": (344, 2)}
 
 
 def corner_of(fact: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(fact[name] for name in ("passname", "arch", "dtype", "head_dim", "variant", "shape"))
+    dtype = "tf32x3" if fact["precision"] == "tf32x3" else fact["dtype"]
+    return fact["passname"], fact["arch"], dtype, fact["head_dim"], fact["variant"], fact["shape"]
 
 
 def stack_allowed(fact: dict[str, Any]) -> int:
