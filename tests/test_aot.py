@@ -179,6 +179,12 @@ CORNERS = {
         ("attn_mask_gradient", 100, "float32", 64, "everything", "sixteens"): 24,
         ("single_query", 90, "float32", 16, "everything", "sixteens"): 8,
         ("single_query", 90, "float32", 16, "everything", "ones"): 8,
+        ("query_gradient", 90, "tf32x3", 64, "bias", "sixteens"): 24,
+        ("query_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 32,
+        ("key_gradient", 90, "tf32x3", 64, "dropout", "sixteens"): 16,
+        ("key_gradient", 90, "tf32x3", 64, "grouped", "sixteens"): 8,
+        ("key_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 72,
+        ("attn_mask_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 40,
     },
     "3.6.0": {
         ("forward", 90, "float32", 64, "bias", "sixteens"): 8,
@@ -194,6 +200,12 @@ CORNERS = {
         ("attn_mask_gradient", 90, "float32", 64, "everything", "neither"): 16,
         ("attn_mask_gradient", 100, "float32", 16, "everything", "sixteens"): 96,
         ("attn_mask_gradient", 100, "float32", 64, "everything", "sixteens"): 16,
+        ("query_gradient", 90, "tf32x3", 64, "bias", "sixteens"): 24,
+        ("query_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 24,
+        ("key_gradient", 90, "tf32x3", 64, "dropout", "sixteens"): 16,
+        ("key_gradient", 90, "tf32x3", 64, "grouped", "sixteens"): 16,
+        ("key_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 72,
+        ("attn_mask_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 32,
     },
 }
 # Stated in README's limits: the query gradient's three fp32 dots over 256 columns spill in every tile. (NVIDIA, AMD)
