@@ -87,6 +87,16 @@ def test_the_gradient_of_a_bias_obeys_the_error_rule(on_hopper: None, judge: Any
 
 
 @interpreted
+def test_one_visible_key_returns_its_value_but_for_the_last_bit(on_hopper: None) -> None:
+    """The two TF32 parts of a number hold 23 of its 24 bits; by IEEE products the value comes back whole."""
+    query, key, value = (normal(1, 1, 5, 16, seed=seed) for seed in (0, 1, 2))
+    hidden = torch.arange(5)[None] != 3
+    found = KERNEL(query, key, value, hidden)
+    off = (found / value[:, :, 3:4] - 1).abs().max()
+    assert 0 < off <= 2.0**-23
+
+
+@interpreted
 def test_one_tf32_product_or_a_lost_small_part_breaks_the_rule(
     on_hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
