@@ -56,6 +56,10 @@ def commit_targets() -> list[Target]:
     targets += [Target(90, name, "bfloat16", 64, variant="everything") for name in PASSES]
     targets += [Target(90, "forward", "bfloat16", 64, shape=shape) for shape in ("ones", "neither")]
     targets += [target(arch, name, "float32", 64) for arch in (90, 100) for name in PASSES]
+    targets += [
+        replace(target(90, name, "float32", dim), precision="tf32x3")
+        for name in PASSES if name != "single_query" for dim in (8, 64)
+    ]  # fmt: skip
     targets += [target(80, name, "float16", 32) for name in PASSES]
     return targets + [target("gfx942", name, "bfloat16", 64) for name in PASSES]
 
@@ -131,6 +135,7 @@ def kernel_name(fact: dict[str, Any]) -> str:
         fact["arch"],
         fact["dtype"],
         f"D{fact['head_dim']}",
+        fact["precision"],
         fact["variant"],
         fact["shape"],
         tile,
@@ -174,6 +179,12 @@ CORNERS = {
         ("attn_mask_gradient", 100, "float32", 64, "everything", "sixteens"): 24,
         ("single_query", 90, "float32", 16, "everything", "sixteens"): 8,
         ("single_query", 90, "float32", 16, "everything", "ones"): 8,
+        ("query_gradient", 90, "tf32x3", 64, "bias", "sixteens"): 24,
+        ("query_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 32,
+        ("key_gradient", 90, "tf32x3", 64, "dropout", "sixteens"): 16,
+        ("key_gradient", 90, "tf32x3", 64, "grouped", "sixteens"): 8,
+        ("key_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 72,
+        ("attn_mask_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 40,
     },
     "3.6.0": {
         ("forward", 90, "float32", 64, "bias", "sixteens"): 8,
@@ -189,6 +200,12 @@ CORNERS = {
         ("attn_mask_gradient", 90, "float32", 64, "everything", "neither"): 16,
         ("attn_mask_gradient", 100, "float32", 16, "everything", "sixteens"): 96,
         ("attn_mask_gradient", 100, "float32", 64, "everything", "sixteens"): 16,
+        ("query_gradient", 90, "tf32x3", 64, "bias", "sixteens"): 24,
+        ("query_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 24,
+        ("key_gradient", 90, "tf32x3", 64, "dropout", "sixteens"): 16,
+        ("key_gradient", 90, "tf32x3", 64, "grouped", "sixteens"): 16,
+        ("key_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 72,
+        ("attn_mask_gradient", 90, "tf32x3", 64, "everything", "sixteens"): 32,
     },
 }
 # Stated in README's limits: the query gradient's three fp32 dots over 256 columns spill in every tile. (NVIDIA, AMD)
@@ -196,7 +213,8 @@ WIDE = {"3.7.1": (304, 0), "3.6.0": (344, 2)}
 
 
 def corner_of(fact: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(fact[name] for name in ("passname", "arch", "dtype", "head_dim", "variant", "shape"))
+    dtype = "tf32x3" if fact["precision"] == "tf32x3" else fact["dtype"]
+    return fact["passname"], fact["arch"], dtype, fact["head_dim"], fact["variant"], fact["shape"]
 
 
 def stack_allowed(fact: dict[str, Any]) -> int:
@@ -291,9 +309,15 @@ def test_a_planted_branch_around_the_products_is_found(version: str, tmp_path: P
     assert fact["serialized"] == "C7515"
 
 
-def test_no_kernel_rounds_fp32_to_tf32(facts: list[dict[str, Any]]) -> None:
+def test_no_kernel_rounds_fp32_to_tf32_where_ieee_is_asked_for(facts: list[dict[str, Any]]) -> None:
     assert any(fact["dtype"] == "float32" and fact["arch"] == 100 for fact in facts)
-    assert_none(lambda fact: fact["tf32"], facts)
+    assert_none(lambda fact: fact["tf32"], [fact for fact in facts if fact["precision"] == "ieee"])
+
+
+def test_three_tf32_products_are_all_wgmmas(facts: list[dict[str, Any]]) -> None:
+    # mma.sync may sum otherwise, and the passes must agree about a weight.
+    by_three = [fact for fact in facts if fact["precision"] == "tf32x3"]
+    assert_none(lambda fact: fact["mma_sync"] or not fact["wgmma"] or fact["wgmma"] % 3, by_three)
 
 
 def test_no_kernel_computes_in_fp64(facts: list[dict[str, Any]]) -> None:

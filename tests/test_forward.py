@@ -14,6 +14,7 @@ from padfree.testing import (
     make_inputs,
     unit_in_last_place,
 )
+from padfree_bench.measuring.precision import multiplying_by
 
 kernel = partial(padfree.attention, impl="triton")
 
@@ -36,7 +37,8 @@ def test_one_visible_key_returns_its_value_bit_for_bit(dtype, device, queries):
     shown = (0, 37, 69)
     for b, n in enumerate(shown):
         inputs.key_padding_mask[b, n] = False
-    out = kernel(*arguments(inputs))
+    with multiplying_by("ieee"):  # three TF32 products lose a last bit
+        out = kernel(*arguments(inputs))
     wanted = torch.stack([inputs.value[b, :, n] for b, n in enumerate(shown)])
     assert torch.equal(out, wanted[:, :, None].expand_as(out))
 

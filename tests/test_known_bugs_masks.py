@@ -12,6 +12,7 @@ from torch import Tensor
 from drawn import chosen
 from known_bugs import KERNEL, assert_same_bits, fill_padding, kernel_results, sample
 from padfree.testing import Inputs, assert_matches_reference, make_inputs
+from padfree_bench.measuring.precision import multiplying_by
 from sanitizer import poison_empty
 
 INF = float("inf")
@@ -224,7 +225,8 @@ def dropped_weights(seed: int, keys: int = 40) -> tuple[Tensor, Tensor]:
 
 def test_backward_drops_the_weights_that_forward_dropped() -> None:
     """torch#190717, torch#99905, FA#612: forward and backward drew different dropout masks."""
-    out, dv = dropped_weights(seed=5)
+    with multiplying_by("ieee"):  # three TF32 products lose a last bit
+        out, dv = dropped_weights(seed=5)
     assert torch.equal(out, dv.transpose(2, 3)), "dV of a one-hot gradient is the transposed weights"
     kept = (out > 0).float()
     assert 0.45 < kept.mean() < 0.55

@@ -24,11 +24,19 @@ FAULTS = [
     ),
     launch(
         "fp32 is rounded to TF32", "precision",
-        fragment='return "tf32" if allowed else "ieee"', replacement='return "tf32" if dtype == torch.float32 else "ieee"',
+        fragment='has_tf32x3(head_dim, device) else "ieee"', replacement='has_tf32x3(head_dim, device) else "tf32"',
     ),
     launch(
         "TF32 is never used, though allowed", "precision",
-        fragment='return "tf32" if allowed else "ieee"', replacement='return "ieee"',
+        fragment='return "tf32" if asked == "tf32" else "ieee"', replacement='return "ieee"',
+    ),
+    launch(
+        "IEEE products are asked for and not taken", "precision",
+        fragment='return "tf32" if asked == "tf32" else "ieee"', replacement='return "tf32" if asked == "tf32" else "tf32x3"',
+    ),
+    launch(
+        "fp32 is multiplied by IEEE products on every GPU", "precision",
+        fragment='return "tf32x3" if has_tf32x3(head_dim, device) else "ieee"', replacement='return "ieee"',
     ),
     launch(
         "a broadcast attn_mask keeps its own strides", "strides",

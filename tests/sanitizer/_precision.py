@@ -12,6 +12,8 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
+from ._matrix_units import HOPPER, dot_tf32x3
+
 BF16_NAN = np.uint16(0x7FC0)
 
 _cast_impl = InterpreterBuilder.cast_impl
@@ -152,6 +154,8 @@ def create_dot_with_tf32(
     precision: Any,
     imprecise: Any,
 ) -> TensorHandle:
+    if precision == ir.INPUT_PRECISION.TF32x3 and a.dtype.scalar == tl.float32:
+        return TensorHandle(dot_tf32x3(a.data, b.data, HOPPER) + d.data, d.dtype.scalar)
     if precision == ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
         a, b = (TensorHandle(fp32_to_tf32(side.data), tl.float32) for side in (a, b))
     return create_dot(self, a, b, d, precision, imprecise)

@@ -16,9 +16,10 @@ from torch import Tensor
 from padfree._triton import configs, operators
 from padfree._triton.call import OPEN, Call, heads_last
 from padfree_bench.compiled.aot import Arch, Compiled, arch_number, compile_only
+from padfree_bench.measuring.precision import multiplying_by
 
 LONGEST = 4096
-KIND_DTYPES = {"half": ("bfloat16", "float16"), "float": ("float32",)}
+KIND_DTYPES = {"half": ("bfloat16", "float16"), "float": ("float32",), "tf32x3": ("float32",)}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Target:
     variant: str = "padded"
     shape: str = "sixteens"
     row: int = 0
+    precision: str = "ieee"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -87,7 +89,8 @@ class Target:
     @property
     def seq(self) -> int:
         """The longest length that the row is chosen for."""
-        key = self.passname, configs.dtype_kind(self.torch_dtype), configs.padded_head_dim(self.head_dim)
+        kind = configs.dtype_kind(self.torch_dtype, self.precision)
+        key = self.passname, kind, configs.padded_head_dim(self.head_dim)
         return min(configs.TABLE[key][self.row].max_length, LONGEST)
 
 
@@ -122,7 +125,8 @@ def compile_target(target: Target) -> list[Compiled]:
     call, variant = make_call(target), VARIANTS[target.variant]
     lse, out = torch.empty(call.query.shape[:3], device="meta"), heads_last(call.query)
     saved = (out, lse, torch.empty_like(out), torch.empty_like(lse) if variant.lse_gradient else None)
-    with compile_only(target.arch, KERNELS[target.passname]) as compiled:
+    kernels = KERNELS[target.passname]
+    with multiplying_by(target.precision), compile_only(target.arch, kernels) as compiled:
         operators._forward(*_fields(call))
         backward = replace(call, spans=call.empty_spans())
         operators._backward(*saved, *_fields(backward), variant.attn_mask == "bias")
@@ -136,12 +140,15 @@ def _fields(call: Call) -> list[Any]:
 def table_targets(archs: tuple[Arch, ...], variants: tuple[str, ...] = ("padded",)) -> Iterator[Target]:
     """Every row of the table on every architecture that takes it, in every dtype of its kind."""
     for arch, ((passname, kind, head_dim), rows) in product(archs, configs.TABLE.items()):
+        precision = kind if kind == "tf32x3" else "ieee"
+        if precision == "tf32x3" and arch_number(arch) not in configs.TF32X3_ARCHS:
+            continue
         options = product(enumerate(rows), KIND_DTYPES[kind], variants_of(passname, variants))
         for (index, row), dtype, variant in options:
-            target = Target(arch, passname, dtype, head_dim, variant, row=index)
+            target = Target(arch, passname, dtype, head_dim, variant, row=index, precision=precision)
             call = make_call(target)
             asked = passname, target.torch_dtype, head_dim, target.seq, arch_number(arch)
-            if configs.row_for(*asked, call.extras(passname) > 0, call.knows_lengths) is row:
+            if configs.row_for(*asked, call.extras(passname) > 0, call.knows_lengths, precision) is row:
                 yield target
 
 

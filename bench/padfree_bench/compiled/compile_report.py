@@ -66,14 +66,15 @@ def predictions(facts: list[Facts]) -> list[dict[str, Any]]:
     costs: dict[tuple[Any, ...], Any] = {}
     for f in facts:
         if f["variant"] == "padded" and f["costs"] is not None:
-            costs.setdefault((f["arch"], f["dtype"], f["head_dim"], f["kernel"]), f["costs"])
-    compiled = dict.fromkeys((f["arch"], f["dtype"]) for f in facts)
-    for (arch, dtype), (heads, head_dim), kernel in product(compiled, SHAPES, MOVED):
-        if found := costs.get((arch, dtype, head_dim, kernel)):
+            costs.setdefault((f["arch"], f["dtype"], f["precision"], f["head_dim"], f["kernel"]), f["costs"])
+    compiled = dict.fromkeys((f["arch"], f["dtype"], f["precision"]) for f in facts)
+    for (arch, dtype, precision), (heads, head_dim), kernel in product(compiled, SHAPES, MOVED):
+        if found := costs.get((arch, dtype, precision, head_dim, kernel)):
             itemsize = getattr(torch, dtype).itemsize
             times = predict(kernel, found, arch, lengths, heads, head_dim, SEQ, itemsize)
             case = f"B{BATCH}-H{heads}-D{head_dim}-S{SEQ}-imdb"
-            rows.append({"arch": arch, "dtype": dtype, "case": case, "kernel": kernel, **asdict(times)})
+            made = {"arch": arch, "dtype": dtype, "precision": precision, "case": case, "kernel": kernel}
+            rows.append(made | asdict(times))
     return rows
 
 
@@ -96,7 +97,13 @@ def _table(header: str, rows: Iterable[Sequence[object]]) -> str:
 
 def _kernel(fact: Facts) -> list[object]:
     """The cells that say which kernel a line is about."""
-    return [fact["kernel"].removesuffix("_kernel"), *map(fact.get, ("arch", "dtype", "head_dim", "variant"))]
+    name, dtype = fact["kernel"].removesuffix("_kernel"), _multiplied(fact)
+    return [name, fact["arch"], dtype, fact["head_dim"], fact["variant"]]
+
+
+def _multiplied(row: dict[str, Any]) -> str:
+    """The dtype, and how it is multiplied where it may be either way."""
+    return row["dtype"] + f" {row['precision']}" * (row["dtype"] == "float32")
 
 
 def markdown(facts: list[Facts]) -> str:
@@ -115,7 +122,7 @@ def markdown(facts: list[Facts]) -> str:
         if (c := f["costs"]) is not None
     ]  # fmt: skip
     times = [
-        [r["case"], r["arch"], r["dtype"], r["kernel"].removesuffix("_kernel"),
+        [r["case"], r["arch"], _multiplied(r), r["kernel"].removesuffix("_kernel"),
          *(f"{r[name]:.1f}" for name in ("issue", "mufu", "matrix", "memory")), f"**{r['floor']:.1f}**", r["bound"],
          f"{r['once']:.1f}", f"{r['expected']:.1f}"]
         for r in predictions(facts)

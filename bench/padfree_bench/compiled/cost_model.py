@@ -2,7 +2,7 @@
 
 For one score tile: *issue* = the loop's instructions x warps / 4 a clock; *mufu* = exp2 results / 16 a clock;
 *matrix* = 2 x BLOCK_M x BLOCK_N x D (at least 16) per dot over the matrix units' FLOP a clock (fp32 dots are FMA
-instructions and stand in *issue*), times how often the warps *repeat* one another's work. Tiles spread evenly over the
+instructions and stand in *issue*; three TF32 products take six times as long as one of 16 bits), times how often the warps *repeat* one another's work. Tiles spread evenly over the
 multiprocessors and CTAs are assumed to overlap perfectly, so the largest of the three, or the bytes over the memory's
 rate, is a floor. *once* is what programs issue outside of their loops (the scan of the mask, addresses, the epilogue) if
 every instruction there runs once: not in the floor, because some do not. *expected* is no floor but a guess at what a
@@ -28,6 +28,8 @@ DOTS = {
     "key_gradient_kernel": 4,
     "attn_mask_gradient_kernel": 2,
 }
+# 16-bit products that take the matrix units as long as one of fp32.
+PRODUCTS = {"ieee": 0, "tf32": 2, "tf32x3": 6}
 # [B, H, S, D] tensors and [B, H, S] vectors that a kernel reads, and those that it writes.
 MOVED = {
     "attention_forward_kernel": ((3, 0), (1, 1)),
@@ -101,8 +103,9 @@ def costs_of(compiled: Compiled) -> Costs | None:
     full, masked = loops[0], loops[min(1, len(loops) - 1)]
     scores = tile.BLOCK_M * tile.BLOCK_N
     repeats = full.ex2 * warps * 32 / scores
-    on_matrix_units = "xbf16>" in compiled.ttir or "xf16>" in compiled.ttir
-    flop = 2 * scores * tile.BLOCK_D * DOTS[compiled.name] if on_matrix_units else 0
+    is_half = "xbf16>" in compiled.ttir or "xf16>" in compiled.ttir
+    products = 1 if is_half else PRODUCTS[tile.PRECISION]
+    flop = 2 * scores * tile.BLOCK_D * DOTS[compiled.name] * products
     return Costs(
         block_m=tile.BLOCK_M,
         block_n=tile.BLOCK_N,

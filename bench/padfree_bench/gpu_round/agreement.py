@@ -15,9 +15,10 @@ from torch import Tensor
 from padfree import attention, attention_qkvpacked, attention_varlen, testing
 from padfree._triton import configs
 from padfree.testing import Inputs
+from padfree_bench.measuring.precision import multiplying_by
 
 HALF, FP16, FLOAT = torch.bfloat16, torch.float16, torch.float32
-DTYPES = {"half": (HALF, FP16), "float": (FLOAT,)}
+DTYPES = {"half": (HALF, FP16), "float": (FLOAT,), "tf32x3": (FLOAT,)}
 SEEDS = (0, 1, 2, 3)
 # The largest of few errors is luck: of 16 draws of one fp32 case the kernel's went from 3.6e-7 to 1.2e-6, eager's from
 # 3.0e-7 to 8.4e-7 (NOTES.md, 2026-11-27). In half precision rounding the result outweighs that.
@@ -43,6 +44,8 @@ class Case:
     form: str = "padded"
     options: Options = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
+    # Of fp32: by default three TF32 products, where the kernels take them.
+    precision: str = "tf32x3"
 
     @property
     def draws(self) -> tuple[int, ...]:
@@ -69,16 +72,19 @@ def name_of(dtype: torch.dtype) -> str:
 def table_cases(arch: int) -> Iterator[Case]:
     """One case for every row that this architecture uses, at a length that the row serves."""
     for (passname, kind, head_dim), rows in configs.TABLE.items():
-        limit = 0
+        limit, precision = 0, "ieee" if kind == "float" else "tf32x3"
+        if kind == "tf32x3" and arch not in configs.TF32X3_ARCHS:
+            continue
         for row in rows:
             if limit == configs.ANY or (row.arch and arch not in row.arch):
                 continue  # another row serves all its calls, or it serves another architecture
             keys, limit = limit + 5 if limit else 100, row.max_length
             for dtype in DTYPES[kind]:
-                name = f"{passname} {name_of(dtype)} {head_dim} {tuple(row.config)}"
+                product_of = f" by {precision}" if dtype == FLOAT else ""
+                name = f"{passname} {name_of(dtype)}{product_of} {head_dim} {tuple(row.config)}"
                 queries = 1 if passname == "single_query" else keys
                 mask = "bias" if passname == "attn_mask_gradient" else ""
-                yield Case(name, queries, keys, head_dim, dtype, attn_mask=mask)
+                yield Case(name, queries, keys, head_dim, dtype, attn_mask=mask, precision=precision)
 
 
 def feature_cases() -> Iterator[Case]:
@@ -101,9 +107,16 @@ def feature_cases() -> Iterator[Case]:
     yield Case("head_dim 13, fp32", 70, 70, 13, FLOAT)
     yield Case("head_dim 61", 70, 70, 61)
     yield Case("bias, fp32", 70, 70, 32, FLOAT, attn_mask="bias")
+    for dim, precision in product((8, 64, 128), ("tf32x3", "ieee")):
+        yield Case(f"fp32 by {precision}, D {dim}", 150, 150, dim, FLOAT, options=SKIP, precision=precision)
+        yield Case(
+            f"fp32 by {precision}, bias, D {dim}", 150, 150, dim, FLOAT, attn_mask="bias", precision=precision
+        )
     # The shapes that the figures are about, large enough to fill the GPU.
     yield Case("BERT, B64 H12 D64 S400", 400, 400, 64, batch=64, heads=12, options=SKIP, seeds=(0,))
     yield Case("notebook, B64 H4 D8 S400", 400, 400, 8, batch=64, heads=4, options=SKIP, seeds=(0,))
+    yield Case("BERT, fp32", 400, 400, 64, FLOAT, batch=64, heads=12, options=SKIP, seeds=(0,))
+    yield Case("notebook, fp32", 400, 400, 8, FLOAT, batch=64, heads=4, options=SKIP, seeds=(0,))
 
 
 def padding_cases() -> Iterator[Case]:
@@ -192,9 +205,10 @@ def check_case(case: Case, device: torch.device, impl: str) -> float:
         share = float(dropped.float().mean())
         assert abs(share - given["dropout_p"]) < 0.1, f"drops {share:.2f} of the weights"
         judged = lambda *tensors, dropout_mask=None, **rest: call(*tensors, **rest)
-    results = testing.assert_matches_reference(judged, calls, name=case.name, found=errors, **given)
-    if "dropout_p" not in case.options:
-        check_padding(case, calls[0], results[0], call)
+    with multiplying_by(case.precision):
+        results = testing.assert_matches_reference(judged, calls, name=case.name, found=errors, **given)
+        if "dropout_p" not in case.options:
+            check_padding(case, calls[0], results[0], call)
     return max((error.actual / error.budget for error in errors if error.budget), default=0.0)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from padfree._triton import scores, tiles
 from padfree._triton.arguments import Dropout, Inputs, Sizes, Tile, View, Window
-from padfree._triton.configs import Config, choose, padded_head_dim
+from padfree._triton.configs import Config, choose, has_tf32x3, padded_head_dim
 
 OPEN = -1
 MAX_PROGRAMS = 2**31 - 1
@@ -105,12 +105,18 @@ class Call:
         """Judged from head_dim alone, so that another layout of the same numbers gives the same bits."""
         return self.query.shape[3] % 8 != 0
 
+    @property
+    def precision(self) -> str:
+        """The `input_precision` of every dot of every pass: passes must agree about a weight to its last bits."""
+        return dot_precision(self.query.dtype, self.query.shape[3], self.query.device)
+
     def config(self, passname: str) -> Config:
         """The launch configuration of one pass over this call."""
         query = self.query
         return choose(
             passname, query.dtype, query.shape[3], self.max_k, query.device,
             extras=self.extras(passname), unaligned=self.unaligned, known=self.knows_lengths,
+            precision=self.precision,
         )  # fmt: skip
 
     def _side(self, side: int) -> int | None:
@@ -197,7 +203,7 @@ class Call:
             GROUP=self.heads // self.kv_heads if self.kv_heads else 1,
             SKIP_QUERIES=self.skip_padded_queries and self.has_padding,
             ONE_LOOP=config.one_loop and (self.padding is not None or self.knows_lengths),
-            PRECISION=dot_precision(self.query.dtype),
+            PRECISION=self.precision,
             ALIGN=row_alignment(self.query, self.key, self.value, *others),
         )
         return {"TILE": tile, "num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -216,10 +222,19 @@ def _as_one_row(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.contiguous()
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """fp32 means fp32, unless the caller's torch settings allow TF32 in matrix products."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+def dot_precision(dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
+    """How fp32 is multiplied, by what torch.backends.cuda.matmul.fp32_precision says when a pass is launched.
+
+    "none", which is torch's default: as exact as fp32 by the error rule, by three TF32 products where matrix units are
+    fast and were checked (`has_tf32x3`), else IEEE. "ieee": IEEE products. That is also what `allow_tf32 = False` and
+    `torch.set_float32_matmul_precision("highest")` ask for. "tf32": one TF32 product, a thousand times less exact.
+    """
+    if dtype != torch.float32:
+        return "ieee"  # 16-bit operands have no other
+    asked = torch.backends.cuda.matmul.fp32_precision
+    if asked == "none":
+        return "tf32x3" if has_tf32x3(head_dim, device) else "ieee"
+    return "tf32" if asked == "tf32" else "ieee"
 
 
 def row_alignment(*tensors: Tensor) -> int:

@@ -1,6 +1,6 @@
 """Launch configurations: one readable table, no timing at run time, no GPU query at import.
 
-A row is keyed by (pass, dtype kind, padded head_dim); of the rows whose `arch`, `max_length` and `plain` admit the call
+A row is keyed by (pass, dtype kind, padded head_dim), fp32 by how it is multiplied (`dtype_kind`); of the rows whose `arch`, `max_length` and `plain` admit the call
 the first one wins, so special rows stand before general ones and the last row of a key is its fallback. An
 architecture without rows of its own takes the general ones. "There" in a reason means on the row's architectures
 under Triton 3.6.0 or 3.7.1. DESIGN.md, "Configurations", says how a row earns its place; `python -m bench tune`
@@ -15,6 +15,8 @@ import triton
 
 ANY = 1 << 62
 GFX942 = 0x942
+# Where the sums of matrix units were measured and keep the error rule (NOTES.md, 2026-11-28): Hopper.
+TF32X3_ARCHS = (90,)
 
 
 class Config(NamedTuple):
@@ -49,12 +51,15 @@ _SHORT = "64-row tiles waste least on ragged short reviews (DESIGN.md); wgmma wa
 _LONG = "K and V are read once for twice the rows"
 _MMA_SYNC = "a 64 x 64 tile spills where the operands of mma.sync pass through registers"
 _IEEE = "fp32 dots are chains of FMAs that hold D inputs: few outputs a thread keep them out of local memory"
+_SPLIT = "both parts of the own rows stay in registers: a wider step keeps 8 to 128 bytes on the stack"
+_WGMMA = "64 rows of its own, so that wgmma sums the scores as in the other passes"
 _WIDE = "accumulators of 256 columns: narrow tiles, more warps"
 _CDNA = "a wider step spills there"
 _CDNA_FP32 = "4 warps may use 512 registers a lane there"
 _TWO_STATES = "it holds its own sum beside the scores and their gradient: half the rows"
 _H200 = "measured on an H200 (NOTES.md, 2026-11-27): a third stage hides more of the memory's latency, and of narrow tiles more fit"
 _IN_FLIGHT = "measured on an H200 (NOTES.md, 2026-11-27): the last tile is loaded while others are computed, and a fourth block fits"
+_X3 = "measured on an H200 (NOTES.md, 2026-11-27); wgmma wants 64 rows"
 _LANES = "4096 elements of K a tile: 32 accumulators a thread"
 
 TABLE: dict[Key, list[Row]] = {
@@ -96,6 +101,11 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(64, 16, 8, 1), "16 or 32 rows keep 8 to 24 bytes on the stack there", arch=(80, 86, 89)),
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
+    ("forward", "tf32x3", 16): [Row(Config(64, 64, 4, 2), _X3)],
+    ("forward", "tf32x3", 32): [Row(Config(64, 64, 4, 1), _X3)],
+    ("forward", "tf32x3", 64): [
+        Row(Config(64, 32, 4, 1), "64 keys are a tenth faster on an H200, but their longer sums err more")
+    ],
     ("query_gradient", "half", 16): [
         Row(Config(64, 32, 4, 3), _H200, 1024, (90,), plain=True),
         Row(Config(64, 32, 4, 3), _MMA_SYNC + "; two stages keep 8 bytes on the stack", arch=(80, 86, 89)),
@@ -122,6 +132,9 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
+    ("query_gradient", "tf32x3", 16): [Row(Config(64, 32, 4, 1), _X3)],
+    ("query_gradient", "tf32x3", 32): [Row(Config(64, 32, 4, 1), _X3)],
+    ("query_gradient", "tf32x3", 64): [Row(Config(128, 16, 8, 1), _SPLIT)],
     ("key_gradient", "half", 16): [
         Row(Config(64, 64, 4, 3), _H200, 1024, (90,), plain=True),
         Row(Config(64, 64, 4, 2), _SHORT),
@@ -167,6 +180,9 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
+    ("key_gradient", "tf32x3", 16): [Row(Config(32, 64, 4, 1), _X3)],
+    ("key_gradient", "tf32x3", 32): [Row(Config(32, 64, 4, 1), _X3)],
+    ("key_gradient", "tf32x3", 64): [Row(Config(16, 64, 4, 1), _SPLIT)],
     ("attn_mask_gradient", "half", 16): [
         Row(Config(32, 32, 8, 1), _CDNA, arch=(GFX942,)),
         Row(Config(64, 64, 8, 1), "32 rows keep 56 bytes on the stack there at a head_dim of 8", arch=(90,)),
@@ -204,6 +220,9 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(16, 16, 4, 1), _CDNA_FP32, arch=(GFX942,)),
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
+    ("attn_mask_gradient", "tf32x3", 16): [Row(Config(64, 32, 4, 1), _WGMMA)],
+    ("attn_mask_gradient", "tf32x3", 32): [Row(Config(64, 32, 4, 1), _WGMMA)],
+    ("attn_mask_gradient", "tf32x3", 64): [Row(Config(64, 32, 4, 1), _WGMMA)],
     ("single_query", "half", 16): [
         Row(Config(1, 256, 8), "4096 elements of K a tile; 4 warps keep 8 bytes on the stack")
     ],
@@ -225,8 +244,17 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def dtype_kind(dtype: torch.dtype) -> str:
-    return "float" if dtype == torch.float32 else "half"
+def dtype_kind(dtype: torch.dtype, precision: str = "ieee") -> str:
+    """The table's name for a dtype: "half"; for fp32 "tf32x3" where dots are three TF32 products, else "float"."""
+    if dtype != torch.float32:
+        return "half"
+    return precision if precision == "tf32x3" else "float"
+
+
+def has_tf32x3(head_dim: int, device: torch.device) -> bool:
+    """Whether the device multiplies fp32 by three TF32 products: one of TF32X3_ARCHS, and heads that the table has rows for."""
+    key = "forward", "tf32x3", padded_head_dim(head_dim)
+    return key in TABLE and architecture(device) in TF32X3_ARCHS
 
 
 # The side of the tile that each pass walks along; the other one it owns.
@@ -247,11 +275,14 @@ def row_for(
     arch: int,
     extras: bool = False,
     known: bool = False,
+    precision: str = "ieee",
 ) -> Row:
     """The first row of the table that admits the call; one with extras is never too long for a row, nor plain."""
+    # A single query multiplies vectors, in IEEE fp32.
+    kind = dtype_kind(dtype, "ieee" if passname == "single_query" else precision)
     return next(
         row
-        for row in TABLE[passname, dtype_kind(dtype), padded_head_dim(head_dim)]
+        for row in TABLE[passname, kind, padded_head_dim(head_dim)]
         if (extras or length <= row.max_length)
         and (not row.arch or arch in row.arch)
         and not (extras and row.plain)
@@ -269,6 +300,7 @@ def choose(
     extras: int = 0,
     unaligned: bool = False,
     known: bool = False,
+    precision: str = "ieee",
 ) -> Config:
     """The configuration of one call: that of its row, narrowed where it holds more than a tile of scores.
 
@@ -280,7 +312,8 @@ def choose(
     extras or unaligned rows, take the registers of 8 warps, although those of a 64-row tile then compute everything twice:
     right and rare, not fast.
     """
-    config = row_for(passname, dtype, head_dim, length, architecture(device), extras > 0, known).config
+    arch, has_extras = architecture(device), extras > 0
+    config = row_for(passname, dtype, head_dim, length, arch, has_extras, known, precision).config
     if not extras or passname not in WALKS:
         return config
     is_half = dtype_kind(dtype) == "half"

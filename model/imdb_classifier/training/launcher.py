@@ -57,7 +57,8 @@ def make_accelerator(precision: str, cpu: bool) -> accelerate.Accelerator:
     """
     mixed_precision = "no" if precision == "fp32" else precision
     check(mixed_precision)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    asked = matmul.fp32_precision
     # accelerate looks for processes on the CPU only where it is told to stay there.
     alone_or_on_gpus = process_count() == 1 or torch.accelerator.is_available()
     try:
@@ -69,8 +70,10 @@ def make_accelerator(precision: str, cpu: bool) -> accelerate.Accelerator:
     except (ValueError, ImportError, torch.distributed.DistError) as error:
         refused = "accelerate" if precision == "fp32" else f"precision {precision}"
         raise UserError(f"{refused} cannot run here: {str(error).splitlines()[0]}") from None
-    # accelerate turns it on beside torch.compile; --precision fp32 is no TF32.
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    # accelerate turns TF32 on beside torch.compile, by the older switch; --precision fp32 is no TF32. The newer one goes
+    # back too: it alone can say that nothing was asked for, which padfree takes for three TF32 products.
+    matmul.allow_tf32 = asked == "tf32"
+    matmul.fp32_precision = asked
     check_processes(accelerator)
     say_what_was_taken(accelerator, cpu)
     return accelerator
