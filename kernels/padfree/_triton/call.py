@@ -13,6 +13,7 @@ from torch import Tensor
 from padfree._triton import scores, tiles
 from padfree._triton.arguments import Dropout, Inputs, Sizes, Tile, View, Window
 from padfree._triton.configs import Config, choose, padded_head_dim
+from padfree._triton.launch import Pointed
 
 OPEN = -1
 MAX_PROGRAMS = 2**31 - 1
@@ -128,6 +129,26 @@ class Call:
         return View(tensor, strides if self.cu_seqlens_q is None else (0, *strides[1:]))
 
     @cached_property
+    def offsets(self) -> tuple[Tensor | None, Tensor | None]:
+        """cu_seqlens_q and cu_seqlens_k, contiguous; kept, since `pointed` keeps no tensor alive."""
+        return _as_one_row(self.cu_seqlens_q), _as_one_row(self.cu_seqlens_k)
+
+    @cached_property
+    def pointed(self) -> Pointed:
+        """The tensors that `inputs` points to, in its order."""
+        return Pointed.at(
+            self.query, self.key, self.value, self.padding, self.attn_mask, self.seed, *self.offsets
+        )  # fmt: skip
+
+    @cached_property
+    def scalars(self) -> tuple[Any, ...]:
+        """All else that decides what its launches are made of."""
+        return (
+            self.max_q, self.max_k, self.scale, self.dropout_p, self.left, self.right, self.skip_padded_queries,
+            dot_precision(self.query.dtype),
+        )  # fmt: skip
+
+    @cached_property
     def inputs(self) -> Inputs:
         """What every kernel reads, in the groups it takes; absent things are None, which compiles to nothing."""
         padding, attn_mask = ABSENT, ABSENT
@@ -137,7 +158,6 @@ class Call:
             # Strides are 0 where the mask is broadcast.
             full = self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2])
             attn_mask = View(_as_bytes(self.attn_mask), full.stride())
-        cu_q, cu_k = _as_one_row(self.cu_seqlens_q), _as_one_row(self.cu_seqlens_k)
         return Inputs(
             q=self.view(self.query),
             k=self.view(self.key),
@@ -146,7 +166,7 @@ class Call:
             attn_mask=attn_mask,
             dropout=Dropout(self.seed, self.dropout_p),
             window=Window(self._side(self.left), self._side(self.right)),
-            sizes=Sizes(self.batch, self.heads, self.max_q, self.max_k, cu_q, cu_k),
+            sizes=Sizes(self.batch, self.heads, self.max_q, self.max_k, *self.offsets),
             scale=self.scale,
             scale2=self.scale * LOG2E,
         )
