@@ -3,7 +3,7 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def settle_cache_keys() -> None:
             _ = function.cache_key
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """One attention call in the padded form; a packed one is B = 1 with cu_seqlens, its rows end to end.
 
@@ -111,7 +111,8 @@ class Call:
 
     def empty_lse2(self) -> Tensor:
         """[B,H,M] fp32; -inf where packed, since rows may belong to no sequence."""
-        lse2 = self.query.new_empty(self.query.shape[:3], dtype=torch.float32)
+        batch, heads, rows, _ = self.query.shape
+        lse2 = self.query.new_empty((batch, heads, rows), dtype=torch.float32)
         return lse2 if self.cu_seqlens_q is None else lse2.fill_(-math.inf)
 
     def grid(self, rows: int, block: int, heads: int) -> tuple[int]:
@@ -212,7 +213,13 @@ def row_alignment(*tensors: Tensor) -> int:
 
     Triton finds out about multiples of 16 by itself, which misses the rows of a head_dim of 8.
     """
-    return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1]) else 1
+    return 8 if all([_are_multiples_of_8(t.stride()) for t in tensors]) else 1
+
+
+@lru_cache(maxsize=4096)
+def _are_multiples_of_8(strides: tuple[int, ...]) -> bool:
+    """Whether all strides but the last are; kept, since every launch asks."""
+    return all(stride % 8 == 0 for stride in strides[:-1])
 
 
 def heads_last(like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
 from triton import JITFunction, knobs
 from triton.backends import backends
@@ -15,6 +16,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 MOST_KEPT = 4096
+# Whose way from JITFunction.run to the driver was read; others launch in their own.
+READ_TRITONS = ("3.6.", "3.7.")
 
 
 class Launch(NamedTuple):
@@ -34,8 +37,8 @@ class Kept(NamedTuple):
     constants: list[Any]
 
 
-# By all that decides a launch but for its pointers. No tensor is held.
-_kept: dict[tuple[Any, ...], Kept] = {}
+# By all that decides a launch but for its pointers; None for one that came once. No tensor is held.
+_kept: dict[tuple[Any, ...], Kept | None] = {}
 
 
 def forget() -> None:
@@ -69,15 +72,15 @@ def launch(kernel: Any, describe: Callable[[], Launch], options: tuple[Any, ...]
     `tensors` are all that the arguments point to, in their order. Together with `options` they decide the description.
     """
     if not _may_go_directly(kernel):
-        grid, compiled_for, arguments = describe()
-        kernel[grid](**arguments, **compiled_for)
+        ordinary_launch(kernel, describe())
         return
     device = driver.active.get_current_device()
     pointers = [pointer for some in tensors for pointer in some.pointers]
     key = (kernel.fn, device, options, *[entry for some in tensors for entry in some.layouts])
     kept = _kept.get(key)
     if kept is None:
-        _launch_and_keep(kernel, describe(), pointers, key)
+        described = describe()
+        _keep(key, ordinary_launch(kernel, described), described, pointers)
         return
     stream, compiled = driver.active.get_current_stream(device), kept.kernel
     # As JITFunction.run ends, without its hooks.
@@ -87,11 +90,18 @@ def launch(kernel: Any, describe: Callable[[], Launch], options: tuple[Any, ...]
     )  # fmt: skip
 
 
+def ordinary_launch(kernel: Any, described: Launch) -> Any:
+    """Launch as Triton does; what it ran, or nothing of use in the interpreter."""
+    grid, options, arguments = described
+    return kernel[grid](**arguments, **options)
+
+
 def _may_go_directly(kernel: Any) -> bool:
-    """Only on an NVIDIA GPU, whose launcher is the one known here, and where nobody watches Triton's launches."""
+    """Only on an NVIDIA GPU, by a Triton that is known, and where nobody watches its launches."""
     runtime = knobs.runtime
     return (
         isinstance(kernel, JITFunction)  # not the interpreter's
+        and triton.__version__.startswith(READ_TRITONS)
         and "nvidia" in backends
         and isinstance(driver.active, backends["nvidia"].driver)
         and not (kernel.pre_run_hooks or runtime.debug or knobs.compilation.instrumentation_mode)
@@ -105,18 +115,19 @@ def _is_set(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-def _launch_and_keep(kernel: Any, described: Launch, pointers: list[int], key: tuple[Any, ...]) -> None:
-    grid, options, arguments = described
-    compiled = kernel[grid](**arguments, **options)
+def _keep(key: tuple[Any, ...], compiled: Any, described: Launch, pointers: list[int]) -> None:
+    """Note a launch that was made; keep it the second time, since many batches come in a shape of their own."""
+    if len(_kept) >= MOST_KEPT:
+        _kept.clear()
     # Not what an asynchronous compilation only promises, nor what a hook of Triton's has refused.
-    if not isinstance(compiled, CompiledKernel):
+    if key not in _kept or not isinstance(compiled, CompiledKernel):
+        _kept[key] = None
         return
+    grid, options, arguments = described
     found: list[int] = []
     constants: list[Any] = []
     source = _source((*arguments.values(), options["TILE"]), found, constants)
-    assert found == pointers, "tensors are not those of the arguments, in their order"
-    if len(_kept) >= MOST_KEPT:
-        _kept.clear()
+    assert found == pointers, "the tensors are not those of the arguments, in their order"
     _kept[key] = Kept(compiled, grid, _filler(source), constants)
 
 
@@ -125,8 +136,8 @@ def _source(argument: Any, pointers: list[int], constants: list[Any]) -> str:
     if isinstance(argument, Tensor):
         pointers.append(argument.data_ptr())
         return f"p[{len(pointers) - 1}]"
-    if isinstance(argument, tuple) and any(isinstance(member, (Tensor, tuple)) for member in argument):
-        return "(" + "".join([_source(member, pointers, constants) + "," for member in argument]) + ")"
+    if isinstance(argument, tuple):
+        return f"({''.join([_source(member, pointers, constants) + ',' for member in argument])})"
     constants.append(argument)
     return f"c[{len(constants) - 1}]"
 
@@ -134,4 +145,4 @@ def _source(argument: Any, pointers: list[int], constants: list[Any]) -> str:
 @lru_cache
 def _filler(source: str) -> Callable[[list[int], list[Any]], tuple[Any, ...]]:
     """Groups are filled by generated code, as Triton binds arguments: walking them takes ten times as long."""
-    return eval(f"lambda p, c: {source}")  # noqa: S307 - brackets and numbers
+    return eval(f"lambda p, c: {source}")
