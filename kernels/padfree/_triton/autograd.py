@@ -221,7 +221,11 @@ def run_qkvpacked(
     cu_q, cu_k = distinct(cu_q, cu_k)
     seed = dropout_seed(qkv, options)
     shared = padding, None, seed, cu_q, cu_k, max_q, max_k, *options
-    return AttentionQKVPacked.apply(qkv, *shared) if wants_gradient(qkv) else ops.forward(*split_qkv(qkv), *shared)
+    return (
+        AttentionQKVPacked.apply(qkv, *shared)
+        if wants_gradient(qkv)
+        else ops.forward(*split_qkv(qkv), *shared)
+    )
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -231,7 +235,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     """
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def distinct(*tensors: Tensor | None) -> list[Any]:

@@ -213,7 +213,7 @@ def row_alignment(*tensors: Tensor) -> int:
 
     Triton finds out about multiples of 16 by itself, which misses the rows of a head_dim of 8.
     """
-    return 8 if all([_are_multiples_of_8(t.stride()) for t in tensors]) else 1
+    return 8 if all(_are_multiples_of_8(t.stride()) for t in tensors) else 1
 
 
 @lru_cache(maxsize=4096)
