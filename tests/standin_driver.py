@@ -21,7 +21,6 @@ from triton.runtime.driver import driver
 
 from padfree._triton import configs
 
-
 CudaDriver: Any = backends["nvidia"].driver
 
 
