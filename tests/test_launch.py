@@ -24,7 +24,7 @@ FAULTS = {
         launch("dtypes are left out", fragment="(tensor.dtype, ", replacement="("),
         launch(
             "the launch's own tensors are left out",
-            fragment="for some in tensors for entry", replacement="for some in tensors[:1] for entry",
+            fragment="*[some.layouts for some in tensors]", replacement="*[some.layouts for some in tensors[:1]]",
         ),
         launch("options are left out", fragment="device, options, ", replacement="device, "),
         launch(

@@ -3,7 +3,7 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -213,7 +213,13 @@ def row_alignment(*tensors: Tensor) -> int:
 
     Triton finds out about multiples of 16 by itself, which misses the rows of a head_dim of 8.
     """
-    return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1]) else 1
+    return 8 if all(are_multiples_of_8(t.stride()) for t in tensors) else 1
+
+
+@lru_cache(maxsize=4096)
+def are_multiples_of_8(strides: tuple[int, ...]) -> bool:
+    """Whether all but the last are; kept, since every launch asks this of each of its tensors."""
+    return all(stride % 8 == 0 for stride in strides[:-1])
 
 
 def heads_last(like: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Pointed(NamedTuple):
     """Tensors as a launch sees them: their pointers, and all else that Triton and the arguments know of them."""
 
     pointers: list[int]
-    layouts: list[Any]
+    layouts: tuple[Any, ...]
 
     @classmethod
     def at(cls, *tensors: Tensor | None) -> "Pointed":
@@ -63,7 +63,7 @@ class Pointed(NamedTuple):
                 pointer = tensor.data_ptr()
                 pointers.append(pointer)
                 layouts += (tensor.dtype, tensor.shape, tensor.stride(), pointer % 16 == 0)
-        return cls(pointers, layouts)
+        return cls(pointers, tuple(layouts))
 
 
 def launch(kernel: Any, describe: Callable[[], Launch], options: tuple[Any, ...], *tensors: Pointed) -> None:
@@ -76,7 +76,7 @@ def launch(kernel: Any, describe: Callable[[], Launch], options: tuple[Any, ...]
         return
     device = driver.active.get_current_device()
     pointers = [pointer for some in tensors for pointer in some.pointers]
-    key = (kernel.fn, device, options, *[entry for some in tensors for entry in some.layouts])
+    key = (kernel.fn, device, options, *[some.layouts for some in tensors])
     kept = _kept.get(key)
     if kept is None:
         described = describe()
