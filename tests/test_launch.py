@@ -24,9 +24,9 @@ FAULTS = {
         launch("dtypes are left out", fragment="(tensor.dtype, ", replacement="("),
         launch(
             "the launch's own tensors are left out",
-            fragment="*[some.layouts for some in tensors]", replacement="*[some.layouts for some in tensors[:1]]",
+            fragment=", own.layouts)", replacement=")",
         ),
-        launch("options are left out", fragment="device, options, ", replacement="device, "),
+        launch("options are left out", fragment="config, call.scalars, ", replacement="config, "),
         launch(
             "the precision is left out", file="_triton/call.py",
             fragment="self.skip_padded_queries,\n            dot_precision(self.query.dtype),",
@@ -45,7 +45,7 @@ FAULTS = {
         launch("pre-run hooks are passed by", fragment="not (kernel.pre_run_hooks or ", replacement="not ("),
     ],
     "memory": [
-        launch("launches are kept without end", fragment="if len(_kept) >= MOST_KEPT:", replacement="if False:"),
+        launch("launches are kept without end", fragment="if len(kept) >= MOST_KEPT:", replacement="if False:"),
         launch("constants hold the tensors", fragment="_filler(source), constants)", replacement="_filler(source), [*constants, described])"),
     ],
 }  # fmt: skip

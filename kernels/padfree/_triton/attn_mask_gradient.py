@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from padfree._triton.call import Call
-from padfree._triton.launch import Launch, Pointed, launch
+from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import (
     apply_attn_mask,
     drop,
@@ -150,5 +150,4 @@ def launch_attn_mask_gradient(
         }
         return Launch(grid, call.options(config, d_out), arguments)
 
-    own = Pointed.at(lse2, d_out, delta, inverse, d_mask)
-    launch(attn_mask_gradient_kernel, describe, call.scalars, call.pointed, own)
+    launch(attn_mask_gradient_kernel, describe, call, None, lse2, d_out, delta, inverse, d_mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from padfree._triton.call import Call, on_device
 from padfree._triton.configs import Config
-from padfree._triton.launch import Launch, Pointed, launch
+from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import Softmax, dropout_keep, score_tile, softmax_step
 from padfree._triton.tiles import (
     at_row,
@@ -109,7 +109,5 @@ def launch_forward(call: Call, config: Config | None = None) -> tuple[Tensor, Te
         return Launch(grid, call.options(chosen, out), arguments)
 
     with on_device(call.query):
-        launch(
-            attention_forward_kernel, describe, (config, *call.scalars), call.pointed, Pointed.at(out, lse2)
-        )
+        launch(attention_forward_kernel, describe, call, config, out, lse2)
     return out, lse2

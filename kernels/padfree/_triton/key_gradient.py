@@ -14,7 +14,7 @@ from triton.language.target_info import is_hip
 from padfree._triton.arguments import View
 from padfree._triton.call import Call
 from padfree._triton.configs import Config
-from padfree._triton.launch import Launch, Pointed, launch
+from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import (
     apply_attn_mask,
     drop,
@@ -197,5 +197,4 @@ def launch_key_gradient(
         grid = call.grid(call.max_k, chosen.block_n, call.kv_heads)
         return Launch(grid, call.options(chosen, d_out, dk, dv), arguments)
 
-    own = Pointed.at(lse2, d_out, delta, inverse, dk, dv)
-    launch(key_gradient_kernel, describe, (config, *call.scalars), call.pointed, own)
+    launch(key_gradient_kernel, describe, call, config, lse2, d_out, delta, inverse, dk, dv)

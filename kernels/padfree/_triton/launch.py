@@ -6,7 +6,7 @@ the launch itself does (NOTES.md, "The host binds"). All of it follows from the 
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import triton
 from torch import Tensor
@@ -37,8 +37,10 @@ class Kept(NamedTuple):
     constants: list[Any]
 
 
-# By all that decides a launch but for its pointers; None for one that came once. No tensor is held.
-_kept: dict[tuple[Any, ...], Kept | None] = {}
+# By all that decides a launch but for its pointers. No tensor is held.
+_kept: dict[tuple[Any, ...], Kept] = {}
+# Kernels and shapes met: only what comes again is kept, since many batches have a shape of their own.
+_seen: dict[tuple[Any, ...], None] = {}
 
 
 def forget() -> None:
@@ -66,17 +68,38 @@ class Pointed(NamedTuple):
         return cls(pointers, tuple(layouts))
 
 
-def launch(kernel: Any, describe: Callable[[], Launch], options: tuple[Any, ...], *tensors: Pointed) -> None:
+class Asked(Protocol):
+    """What a launch wants to know of a call: the tensors that its inputs point to, and all else that decides them."""
+
+    query: Tensor
+    key: Tensor
+
+    @property
+    def pointed(self) -> Pointed: ...
+
+    @property
+    def scalars(self) -> tuple[Any, ...]: ...
+
+
+def launch(
+    kernel: Any, describe: Callable[[], Launch], call: Asked, config: Any, *tensors: Tensor | None
+) -> None:
     """Launch `describe()` on the current device and stream; where one like it was kept, with the new pointers only.
 
-    `tensors` are all that the arguments point to, in their order. Together with `options` they decide the description.
+    `tensors` are all that the arguments point to after the call's, in their order; `config` is one that was asked for.
     """
     if not _may_go_directly(kernel):
         ordinary_launch(kernel, describe())
         return
-    device = driver.active.get_current_device()
-    pointers = [pointer for some in tensors for pointer in some.pointers]
-    key = (kernel.fn, device, options, *[some.layouts for some in tensors])
+    shapes = (kernel.fn, call.query.shape, call.key.shape)
+    if shapes not in _seen:
+        _make_room(_seen)
+        _seen[shapes] = None
+        ordinary_launch(kernel, describe())
+        return
+    device, own = driver.active.get_current_device(), Pointed.at(*tensors)
+    pointers = call.pointed.pointers + own.pointers
+    key = (kernel.fn, device, config, call.scalars, call.pointed.layouts, own.layouts)
     kept = _kept.get(key)
     if kept is None:
         described = describe()
@@ -115,14 +138,16 @@ def _is_set(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
+def _make_room(kept: dict[tuple[Any, ...], Any]) -> None:
+    if len(kept) >= MOST_KEPT:
+        kept.clear()
+
+
 def _keep(key: tuple[Any, ...], compiled: Any, described: Launch, pointers: list[int]) -> None:
-    """Note a launch that was made; keep it the second time, since many batches come in a shape of their own."""
-    if len(_kept) >= MOST_KEPT:
-        _kept.clear()
     # Not what an asynchronous compilation only promises, nor what a hook of Triton's has refused.
-    if key not in _kept or not isinstance(compiled, CompiledKernel):
-        _kept[key] = None
+    if not isinstance(compiled, CompiledKernel):
         return
+    _make_room(_kept)
     grid, options, arguments = described
     found: list[int] = []
     constants: list[Any] = []

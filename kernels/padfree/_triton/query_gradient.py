@@ -12,7 +12,7 @@ from torch import Tensor
 
 from padfree._triton.call import Call
 from padfree._triton.configs import Config
-from padfree._triton.launch import Launch, Pointed, launch
+from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import drop, dropout_keep, refine, scale_add, score_tile
 from padfree._triton.tiles import (
     at_row,
@@ -161,5 +161,5 @@ def launch_query_gradient(
         grid = call.grid(call.max_q, chosen.block_m, call.heads)
         return Launch(grid, call.options(chosen, out, d_out, dq), arguments)
 
-    own = Pointed.at(out, lse2, d_out, d_lse2, delta, inverse, corrected_delta, dq)
-    launch(query_gradient_kernel, describe, (config, *call.scalars), call.pointed, own)
+    own = out, lse2, d_out, d_lse2, delta, inverse, corrected_delta, dq
+    launch(query_gradient_kernel, describe, call, config, *own)

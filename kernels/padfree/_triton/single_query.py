@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from padfree._triton.call import Call, on_device
-from padfree._triton.launch import Launch, Pointed, launch
+from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import (
     apply_attn_mask,
     drop,
@@ -190,7 +190,7 @@ def launch_single_query_forward(call: Call) -> tuple[Tensor, Tensor]:
         return Launch(call.grid(1, 1, call.heads), options, arguments)
 
     with on_device(call.query):
-        launch(single_query_forward_kernel, describe, call.scalars, call.pointed, Pointed.at(out, lse2))
+        launch(single_query_forward_kernel, describe, call, None, out, lse2)
     return out, lse2
 
 
@@ -223,5 +223,5 @@ def launch_single_query_backward(
         options = call.options(call.config("single_query"), out, d_out, *grads)
         return Launch(call.grid(1, 1, call.heads), options, arguments)
 
-    own = Pointed.at(out, lse2, d_out, d_lse2, delta, inverse, *grads)
-    launch(single_query_backward_kernel, describe, call.scalars, call.pointed, own)
+    own = out, lse2, d_out, d_lse2, delta, inverse, *grads
+    launch(single_query_backward_kernel, describe, call, None, *own)
