@@ -64,7 +64,7 @@ class Pointed(NamedTuple):
             else:
                 pointer = tensor.data_ptr()
                 pointers.append(pointer)
-                layouts += (tensor.dtype, tensor.shape, tensor.stride(), pointer % 16 == 0)
+                layouts += (tensor.dtype, tensor.device, tensor.shape, tensor.stride(), pointer % 16 == 0)
         return cls(pointers, tuple(layouts))
 
 
