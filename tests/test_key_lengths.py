@@ -13,7 +13,7 @@ import padfree
 from drawn import normal
 from known_bugs import KERNEL, assert_same_bits
 from padfree._triton import call as calls_module
-from padfree._triton import configs, operators
+from padfree._triton import configs, launch, operators
 from padfree._triton.call import Call
 from padfree.testing import PADDING_PATTERNS, Inputs, Results, make_inputs, run
 from test_properties import calls
@@ -240,6 +240,7 @@ def test_one_loop_gives_the_bits_of_two(
         patch.setattr(
             configs, "row_for", lambda name, *key: forced if name == passname else row_for(name, *key)
         )
+        patch.setattr(launch, "_kept", {})
         assert_same_bits(run(attend, inputs, **options), wanted)
 
 
@@ -267,5 +268,6 @@ def test_the_order_of_programs_changes_no_bit(together: int, device: torch.devic
     bytes_a_head = 2 * 40 * 16 * 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls_module, "L2_BYTES", together * bytes_a_head)
+        patch.setattr(launch, "_kept", {})
         assert described(inputs.query, inputs.key).heads_together == together
         assert_same_bits(run(KERNEL, inputs), wanted)

@@ -103,6 +103,10 @@ def computed_dtype(tensor: Tensor) -> torch.dtype:
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The arguments of a call, each tensor in the dtype in which it is computed."""
+    # Asked once for all, since they lie on one device or are refused.
+    device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "meta")
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
     return tuple(_cast(x) if isinstance(x, Tensor) else x for x in tensors)
 
 

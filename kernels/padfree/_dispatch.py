@@ -49,8 +49,9 @@ def why_not(query: Tensor) -> str | None:
     if dtype not in KERNEL_DTYPES:
         return f"the kernel computes fp32, fp16 and bf16, query is {dtype}"
     reason = why_not_device(query.device)
-    interpreted = reason is not None or os.environ.get("TRITON_INTERPRET") == "1"
-    if query.device.type == "cpu" and interpreted and dtype not in INTERPRETED_DTYPES:
+    if dtype in INTERPRETED_DTYPES or query.device.type != "cpu":
+        return reason
+    if reason is not None or os.environ.get("TRITON_INTERPRET") == "1":
         return (
             "no GPU, and Triton's interpreter gets bf16 wrong: it multiplies bit patterns; use fp32 or fp16"
         )
@@ -61,14 +62,20 @@ def why_not_device(device: torch.device | str) -> str | None:
     """Why the kernel could not run on this device, or None where it can."""
     device = torch.device(device)
     if device.type == "cuda":
-        if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
-            return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-        return None
+        return _why_not_gpu(torch.cuda.current_device() if device.index is None else device.index)
     if device.type != "cpu":
         return f"no kernel for device type {device.type!r}"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "no GPU: set TRITON_INTERPRET=1 to run it in Triton's interpreter"
     return why_not_interpreter()
+
+
+@cache
+def _why_not_gpu(device: int) -> str | None:
+    """Why this GPU is too old, or None; kept, since every call asks and torch looks it up anew."""
+    if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
 
 
 @cache

@@ -65,8 +65,8 @@ FAULTS = [
     ),
     key_gradient(
         "the last partial tile of keys is skipped", "bounds",
-        fragment="call.grid(call.max_k, config.block_n, call.kv_heads)",
-        replacement="call.grid(call.max_k // config.block_n, 1, call.kv_heads)",
+        fragment="call.grid(call.max_k, chosen.block_n, call.kv_heads)",
+        replacement="call.grid(call.max_k // chosen.block_n, 1, call.kv_heads)",
     ),
     key_gradient(
         "rows past the range give their tail to dk and dv", "masked-lane fill",

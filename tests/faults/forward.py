@@ -13,7 +13,7 @@ FAULTS = [
     ),
     forward(
         "the last partial tile of rows is skipped", "bounds",
-        fragment="call.grid(call.max_q, config.block_m,", replacement="call.grid(call.max_q // config.block_m, 1,",
+        fragment="call.grid(call.max_q, chosen.block_m,", replacement="call.grid(call.max_q // chosen.block_m, 1,",
     ),
     forward(
         "the accumulator is not rescaled", "online softmax",

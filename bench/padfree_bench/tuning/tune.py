@@ -20,6 +20,7 @@ from torch import Tensor
 
 from padfree._triton import configs
 from padfree._triton.configs import Config, Row
+from padfree._triton.launch import forget
 from padfree_bench.compiled.aot import why_not_compile
 from padfree_bench.measuring import headline, machine
 from padfree_bench.measuring.cases import Case, parse_case
@@ -174,6 +175,7 @@ def apply_rows(path: Path) -> list[Found]:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read tuned rows from {path}: {error}") from None
     configs.row_for.cache_clear()
+    forget()
     return accepted
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from padfree._arguments import Arguments, Window, split_qkv
 from padfree._triton.call import OPEN
@@ -205,11 +206,12 @@ def run(call: Arguments, options: KernelOptions) -> tuple[Tensor, Tensor]:
     cu_q, cu_k, max_q, max_k = packing or (None, None, query.shape[2], key.shape[2])
     query, key, value, cu_q, cu_k = distinct(query, key, value, cu_q, cu_k)
     seed = dropout_seed(query, options)
-    transformed = torch._C._are_functorch_transforms_active()
-    function: type[torch.autograd.Function] = FunctionalAttention if transformed else Attention
-    return function.apply(
-        query, key, value, padding, attn_mask, seed, cu_q, cu_k, key_lengths, spans, max_q, max_k, *options
-    )
+    numbers = seed, cu_q, cu_k, key_lengths, spans, max_q, max_k, *options
+    if torch._C._are_functorch_transforms_active():
+        return FunctionalAttention.apply(query, key, value, padding, attn_mask, *numbers)
+    if wants_gradient(query, key, value, attn_mask):
+        return Attention.apply(query, key, value, padding, attn_mask, *numbers)
+    return ops.forward(query, key, value, padding, attn_mask, *numbers)[:2]
 
 
 def run_qkvpacked(qkv: Tensor, call: Arguments, options: KernelOptions) -> tuple[Tensor, Tensor]:
@@ -220,9 +222,20 @@ def run_qkvpacked(qkv: Tensor, call: Arguments, options: KernelOptions) -> tuple
     cu_q, cu_k, max_q, max_k = packing or (None, None, qkv.shape[1], qkv.shape[1])
     cu_q, cu_k = distinct(cu_q, cu_k)
     seed = dropout_seed(qkv, options)
-    return AttentionQKVPacked.apply(
-        qkv, padding, None, seed, cu_q, cu_k, key_lengths, None, max_q, max_k, *options
-    )
+    shared = padding, None, seed, cu_q, cu_k, key_lengths, None, max_q, max_k, *options
+    if wants_gradient(qkv):
+        return AttentionQKVPacked.apply(qkv, *shared)
+    return ops.forward(*split_qkv(qkv), *shared)[:2]
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd must know of the call; a Function that nobody asks for a gradient costs a third of its time.
+
+    Forward mode counts, since only the Function refuses it.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def distinct(*tensors: Tensor | None) -> list[Any]:

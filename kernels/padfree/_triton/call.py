@@ -3,7 +3,7 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from padfree._triton import scores, tiles
 from padfree._triton.arguments import Dropout, Inputs, Sizes, Tile, View, Window
 from padfree._triton.configs import Config, choose, has_tf32x3, padded_head_dim
+from padfree._triton.launch import Pointed
 
 OPEN = -1
 MAX_PROGRAMS = 2**31 - 1
@@ -33,7 +34,7 @@ def settle_cache_keys() -> None:
             _ = function.cache_key
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """One attention call in the padded form; a packed one is B = 1 with cu_seqlens, its rows end to end.
 
@@ -130,7 +131,8 @@ class Call:
 
     def empty_lse2(self) -> Tensor:
         """[B,H,M] fp32; -inf where packed, since rows may belong to no sequence."""
-        lse2 = self.query.new_empty(self.query.shape[:3], dtype=torch.float32)
+        batch, heads, rows, _ = self.query.shape
+        lse2 = self.query.new_empty((batch, heads, rows), dtype=torch.float32)
         return lse2 if self.cu_seqlens_q is None else lse2.fill_(-math.inf)
 
     def empty_spans(self) -> Tensor | None:
@@ -163,6 +165,32 @@ class Call:
         return View(tensor, strides if self.cu_seqlens_q is None else (0, *strides[1:]))
 
     @cached_property
+    def numbers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """spans, cu_seqlens_q, cu_seqlens_k and key_lengths, contiguous; kept, since `pointed` keeps no tensor alive."""
+        return (
+            _as_one_row(self.spans),
+            _as_one_row(self.cu_seqlens_q),
+            _as_one_row(self.cu_seqlens_k),
+            _as_one_row(self.key_lengths),
+        )
+
+    @cached_property
+    def pointed(self) -> Pointed:
+        """The tensors that `inputs` points to, in its order."""
+        spans, *others = self.numbers
+        return Pointed.at(
+            self.query, self.key, self.value, self.padding, spans, self.attn_mask, self.seed, *others
+        )
+
+    @cached_property
+    def scalars(self) -> tuple[Any, ...]:
+        """All else that decides what its launches are made of."""
+        return (
+            self.max_q, self.max_k, self.scale, self.dropout_p, self.left, self.right, self.skip_padded_queries,
+            self.precision,
+        )  # fmt: skip
+
+    @cached_property
     def inputs(self) -> Inputs:
         """What every kernel reads, in the groups it takes; absent things are None, which compiles to nothing."""
         padding, attn_mask = ABSENT, ABSENT
@@ -172,8 +200,7 @@ class Call:
             # Strides are 0 where the mask is broadcast.
             full = self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2])
             attn_mask = View(_as_bytes(self.attn_mask), full.stride())
-        cu_q, cu_k = _as_one_row(self.cu_seqlens_q), _as_one_row(self.cu_seqlens_k)
-        key_lengths = _as_one_row(self.key_lengths)
+        spans, cu_q, cu_k, key_lengths = self.numbers
         sizes = Sizes(
             self.batch, self.heads, self.max_q, self.max_k, cu_q, cu_k, key_lengths, self.heads_together
         )
@@ -182,7 +209,7 @@ class Call:
             k=self.view(self.key),
             v=self.view(self.value),
             padding=padding,
-            spans_ptr=_as_one_row(self.spans),
+            spans_ptr=spans,
             attn_mask=attn_mask,
             dropout=Dropout(self.seed, self.dropout_p),
             window=Window(self._side(self.left), self._side(self.right)),
@@ -242,7 +269,13 @@ def row_alignment(*tensors: Tensor) -> int:
 
     Triton finds out about multiples of 16 by itself, which misses the rows of a head_dim of 8.
     """
-    return 8 if all(stride % 8 == 0 for t in tensors for stride in t.stride()[:-1]) else 1
+    return 8 if all(are_multiples_of_8(t.stride()) for t in tensors) else 1
+
+
+@lru_cache(maxsize=4096)
+def are_multiples_of_8(strides: tuple[int, ...]) -> bool:
+    """Whether all but the last are; kept, since every launch asks this of each of its tensors."""
+    return all(stride % 8 == 0 for stride in strides[:-1])
 
 
 def heads_last(like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from padfree._triton.call import Call, on_device
 from padfree._triton.configs import Config
+from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import Softmax, dropout_keep, score_tile, softmax_step
 from padfree._triton.tiles import (
     NOTHING,
@@ -114,13 +115,15 @@ def launch_forward(call: Call, config: Config | None = None) -> tuple[Tensor, Te
     out, lse2, found = call.empty_like(call.query), call.empty_lse2(), call.empty_spans()
     if call.is_empty:
         return out, lse2, found
-    config = config or call.config("forward")
+
+    def describe() -> Launch:
+        chosen = config or call.config("forward")
+        arguments = {
+            "inputs": call.inputs, "out": call.view(out), "lse2": call.view(lse2), "found_ptr": found,
+        }  # fmt: skip
+        grid = call.grid(call.max_q, chosen.block_m, call.heads)
+        return Launch(grid, call.options(chosen, out), arguments)
+
     with on_device(call.query):
-        attention_forward_kernel[call.grid(call.max_q, config.block_m, call.heads)](
-            inputs=call.inputs,
-            out=call.view(out),
-            lse2=call.view(lse2),
-            found_ptr=found,
-            **call.options(config, out),
-        )
+        launch(attention_forward_kernel, describe, call, config, out, lse2, found)
     return out, lse2, found

@@ -14,6 +14,7 @@ from triton.language.target_info import is_hip
 from padfree._triton.arguments import View
 from padfree._triton.call import Call
 from padfree._triton.configs import Config
+from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import (
     apply_attn_mask,
     drop,
@@ -187,14 +188,19 @@ def launch_key_gradient(
     config: Config | None = None,
 ) -> None:
     """Write dk and dv in one launch, on the current device."""
-    config = config or call.config("key_gradient")
-    key_gradient_kernel[call.grid(call.max_k, config.block_n, call.kv_heads)](
-        inputs=call.inputs,
-        lse2=call.view(lse2),
-        d_out=call.view(d_out),
-        delta_ptr=delta,
-        inverse_ptr=inverse,
-        dk=call.view(dk),
-        dv=call.view(dv),
-        **call.options(config, d_out, dk, dv),
-    )
+
+    def describe() -> Launch:
+        chosen = config or call.config("key_gradient")
+        arguments = {
+            "inputs": call.inputs,
+            "lse2": call.view(lse2),
+            "d_out": call.view(d_out),
+            "delta_ptr": delta,
+            "inverse_ptr": inverse,
+            "dk": call.view(dk),
+            "dv": call.view(dv),
+        }
+        grid = call.grid(call.max_k, chosen.block_n, call.kv_heads)
+        return Launch(grid, call.options(chosen, d_out, dk, dv), arguments)
+
+    launch(key_gradient_kernel, describe, call, config, lse2, d_out, delta, inverse, dk, dv)

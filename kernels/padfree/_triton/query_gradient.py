@@ -12,6 +12,7 @@ from torch import Tensor
 
 from padfree._triton.call import Call
 from padfree._triton.configs import Config
+from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import drop, dropout_keep, refine, scale_add, score_tile
 from padfree._triton.tiles import (
     NOTHING,
@@ -146,16 +147,22 @@ def launch_query_gradient(
     config: Config | None = None,
 ) -> None:
     """Write dq, delta and, where given, inverse and corrected_delta, in one launch on the current device."""
-    config = config or call.config("query_gradient")
-    query_gradient_kernel[call.grid(call.max_q, config.block_m, call.heads)](
-        inputs=call.inputs,
-        out=call.view(out),
-        lse2=call.view(lse2),
-        d_out=call.view(d_out),
-        d_lse2=call.view(d_lse2),
-        delta_ptr=delta,
-        inverse_ptr=inverse,
-        corrected_delta_ptr=corrected_delta,
-        dq=call.view(dq),
-        **call.options(config, out, d_out, dq),
-    )
+
+    def describe() -> Launch:
+        chosen = config or call.config("query_gradient")
+        arguments = {
+            "inputs": call.inputs,
+            "out": call.view(out),
+            "lse2": call.view(lse2),
+            "d_out": call.view(d_out),
+            "d_lse2": call.view(d_lse2),
+            "delta_ptr": delta,
+            "inverse_ptr": inverse,
+            "corrected_delta_ptr": corrected_delta,
+            "dq": call.view(dq),
+        }
+        grid = call.grid(call.max_q, chosen.block_m, call.heads)
+        return Launch(grid, call.options(chosen, out, d_out, dq), arguments)
+
+    own = out, lse2, d_out, d_lse2, delta, inverse, corrected_delta, dq
+    launch(query_gradient_kernel, describe, call, config, *own)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from padfree._triton.call import Call, on_device
+from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import (
     apply_attn_mask,
     drop,
@@ -185,15 +186,16 @@ def launch_single_query_forward(call: Call) -> tuple[Tensor, Tensor, Tensor | No
     out, lse2, found = call.empty_like(call.query), call.empty_lse2(), call.empty_spans()
     if call.is_empty:
         return out, lse2, found
-    config = call.config("single_query")
+
+    def describe() -> Launch:
+        arguments = {
+            "inputs": call.inputs, "out": call.view(out), "lse2": call.view(lse2), "found_ptr": found,
+        }  # fmt: skip
+        options = call.options(call.config("single_query"), out)
+        return Launch(call.grid(1, 1, call.heads), options, arguments)
+
     with on_device(call.query):
-        single_query_forward_kernel[call.grid(1, 1, call.heads)](
-            inputs=call.inputs,
-            out=call.view(out),
-            lse2=call.view(lse2),
-            found_ptr=found,
-            **call.options(config, out),
-        )
+        launch(single_query_forward_kernel, describe, call, None, out, lse2, found)
     return out, lse2, found
 
 
@@ -209,17 +211,22 @@ def launch_single_query_backward(
 ) -> None:
     """Write dq, dk and dv of a call with max_q = 1 and no grouped heads and, where given, delta and inverse, in one launch."""
     dq, dk, dv = grads
-    config = call.config("single_query")
-    single_query_backward_kernel[call.grid(1, 1, call.heads)](
-        inputs=call.inputs,
-        out=call.view(out),
-        lse2=call.view(lse2),
-        d_out=call.view(d_out),
-        d_lse2=call.view(d_lse2),
-        delta_ptr=delta,
-        inverse_ptr=inverse,
-        dq=call.view(dq),
-        dk=call.view(dk),
-        dv=call.view(dv),
-        **call.options(config, out, d_out, *grads),
-    )
+
+    def describe() -> Launch:
+        arguments = {
+            "inputs": call.inputs,
+            "out": call.view(out),
+            "lse2": call.view(lse2),
+            "d_out": call.view(d_out),
+            "d_lse2": call.view(d_lse2),
+            "delta_ptr": delta,
+            "inverse_ptr": inverse,
+            "dq": call.view(dq),
+            "dk": call.view(dk),
+            "dv": call.view(dv),
+        }
+        options = call.options(call.config("single_query"), out, d_out, *grads)
+        return Launch(call.grid(1, 1, call.heads), options, arguments)
+
+    own = out, lse2, d_out, d_lse2, delta, inverse, *grads
+    launch(single_query_backward_kernel, describe, call, None, *own)
