@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from padfree_bench.compiled.aot_calls import KERNELS
-from padfree_bench.compiled.cost_model import GPUS, Batch, Constants, Costs, predict
+from padfree_bench.compiled.cost_model import H200, Batch, Constants, predict
+from padfree_bench.compiled.costs import GPUS, Costs
 from padfree_bench.measuring.cases import DTYPES, Case, parse_case
 from padfree_bench.measuring.results import RESULTS
 
@@ -49,9 +50,7 @@ class Timed:
 
 def batch_of(case: Case) -> Batch:
     """What the model asks of a case."""
-    return Batch(
-        case.sequence_lengths(), case.heads, case.head_dim, case.seq, DTYPES[case.dtype].itemsize
-    )
+    return Batch(case.sequence_lengths(), case.heads, case.head_dim, case.seq, DTYPES[case.dtype].itemsize)
 
 
 def read(path: Path) -> list[Timed]:
@@ -87,7 +86,7 @@ def judge(rows: Sequence[Timed], predicted: Sequence[float]) -> Verdict:
     return Verdict(max(errors), sum(errors) / len(errors), sum(pairs), len(pairs))
 
 
-def fit(rows: Sequence[Timed], start: Constants = Constants()) -> Constants:
+def fit(rows: Sequence[Timed], start: Constants = H200) -> Constants:
     """The constants with those of FITTED at the least squares of log(predicted / measured), by Gauss and Newton."""
 
     def residuals(logs: np.ndarray) -> np.ndarray:
@@ -123,15 +122,19 @@ def line(name: str, rows: Sequence[Timed], constants: Constants) -> str:
 def main(argv: list[str]) -> int:
     """Print the table; status 2 with one line for a file that has no such rows."""
     options = argparse.ArgumentParser(prog="python -m bench cost-model", description=__doc__)
-    options.add_argument("files", nargs="*", type=Path, default=[MEASURED], help=f"default: {MEASURED.name} of h200")
+    options.add_argument(
+        "files", nargs="*", type=Path, default=[MEASURED], help=f"default: {MEASURED.name} of h200"
+    )
     try:
         rows = [row for path in options.parse_args(argv).files for row in read(path)]
     except ValueError as error:
         print(f"python -m bench cost-model: {error}", file=sys.stderr)
         return 2
-    print(f"| rows | kernels | mean error | largest | pairs over {LEVEL:.0%} apart in order | {', '.join(FITTED)} (ns) |")
+    print(
+        f"| rows | kernels | mean error | largest | pairs over {LEVEL:.0%} apart in order | {', '.join(FITTED)} (ns) |"
+    )
     print("|---|---|---|---|---|---|")
-    print(line("all, as the model is", rows, Constants()))
+    print(line("all, as the model is", rows, H200))
     print(line("all, fitted to them", rows, fit(rows)))
     for name, mine, constants in left_out(rows):
         print(line(f"{name}, fitted to the others", mine, constants))

@@ -17,10 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from padfree_bench.compiled.aot import Arch, Compiled
-from padfree_bench.compiled.sass import instruction_count, score_loops
-
-EX2_PER_CLOCK, SCHEDULERS = 16, 4
+from padfree_bench.compiled.costs import Costs, Gpu
 
 
 class Constants(NamedTuple):
@@ -35,8 +32,11 @@ class Constants(NamedTuple):
     stall: float = 3.1
     l2_share: float = 0.24
     launch: float = 6500
-    hit: float = 335
-    miss: float = 455
+    hit: float = 410
+    miss: float = 350
+
+
+H200 = Constants()
 
 
 class Moved(NamedTuple):
@@ -52,107 +52,8 @@ MOVED = {
     "query_gradient_kernel": Moved((3, 1), (2, 0), (1, 1)),
     "key_gradient_kernel": Moved((2, 0), (2, 2), (2, 0)),
 }
-# Dots of a tile, by kernel.
-DOTS = {
-    "attention_forward_kernel": 2,
-    "query_gradient_kernel": 3,
-    "key_gradient_kernel": 4,
-    "attn_mask_gradient_kernel": 2,
-}
 # Of the instructions outside of the loops, what a program of padded rows alone issues: it finds that out and writes zeros.
 IDLE = 0.5
-
-
-class Gpu(NamedTuple):
-    """Rates of one GPU: sustained clock in GHz, 16-bit FLOP a clock and multiprocessor, bytes a second."""
-
-    name: str
-    multiprocessors: int
-    clock_ghz: float
-    flop_per_clock: int
-    bytes_per_second: float
-    l2_bytes: float
-    shared_bytes: int
-    registers: int = 65536
-    threads: int = 2048
-    blocks: int = 32
-
-
-GPUS: dict[Arch, Gpu] = {
-    80: Gpu("A100", 108, 1.41, 2048, 1.6e12, 40e6, 164 * 1024),
-    # Clock and copies as measured. An H100 is the same processor with 3.0e12 bytes a second.
-    90: Gpu("H200", 132, 1.98, 4096, 4.3e12, 50e6, 228 * 1024),
-    100: Gpu("B200", 148, 1.8, 8192, 7.0e12, 126e6, 228 * 1024),
-}
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a kernel issues a warp, and cycles of one multiprocessor for a tile of scores.
-
-    `masked_loop` is the loop of tiles in which keys may be hidden: where a sequence ends, and all of one with holes.
-    `repeats`: exp2 results per score of a tile; 2 where two groups of warps compute the same rows. `ctas` fit at once.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    ctas: int
-    loop: int
-    masked_loop: int
-    outside: int
-    repeats: float
-    mufu: float
-    matrix: float
-    mix: dict[str, int]
-
-    def issue(self, instructions: float) -> float:
-        """Cycles in which a multiprocessor issues these to all warps of a program."""
-        return instructions * self.num_warps / SCHEDULERS
-
-    @property
-    def bounds(self) -> dict[str, float]:
-        """Cycles of a full tile, by what they are spent on."""
-        return {"issue": self.issue(self.loop), "mufu": self.mufu, "matrix": self.matrix}
-
-
-def costs_of(compiled: Compiled) -> Costs | None:
-    """Costs of a kernel's loops over full tiles, the cheapest, and masked ones; None where none holds an exp2."""
-    loops, tile, warps = score_loops(compiled.sass), compiled.tile, compiled.num_warps
-    if not loops or tile is None or compiled.name not in DOTS:
-        return None
-    # By cost: full tiles, then the edges; a kernel with one loop for all has no other.
-    full, masked = loops[0], loops[min(1, len(loops) - 1)]
-    scores = tile.BLOCK_M * tile.BLOCK_N
-    repeats = full.ex2 * warps * 32 / scores
-    on_matrix_units = "xbf16>" in compiled.ttir or "xf16>" in compiled.ttir
-    flop = 2 * scores * tile.BLOCK_D * DOTS[compiled.name] if on_matrix_units else 0
-    return Costs(
-        block_m=tile.BLOCK_M,
-        block_n=tile.BLOCK_N,
-        num_warps=warps,
-        num_stages=compiled.kernel.metadata.num_stages,
-        ctas=occupancy(compiled.arch, compiled.resources["registers"], warps, compiled.shared_bytes),
-        loop=full.instructions,
-        masked_loop=masked.instructions,
-        outside=instruction_count(compiled.sass) - sum(loop.instructions for loop in loops),
-        repeats=repeats,
-        mufu=full.ex2 * warps * 32 / EX2_PER_CLOCK,
-        matrix=flop / GPUS[compiled.arch].flop_per_clock * max(1, int(repeats)),
-        mix=full.mix,
-    )
-
-
-def occupancy(arch: Arch, registers: int, num_warps: int, shared_bytes: int) -> int:
-    """CTAs that fit on one multiprocessor; 0 where not even one does, and for AMD, which this does not model."""
-    gpu = GPUS.get(arch)
-    if gpu is None:
-        return 0
-    # Registers are dealt in 256 a warp; each CTA holds 1 KB of shared memory for the system.
-    by_registers = gpu.registers // (-(-registers * 32 // 256) * 256 * num_warps)
-    by_shared = gpu.shared_bytes // (shared_bytes + 1024)
-    return min(by_registers, by_shared, gpu.threads // (32 * num_warps), gpu.blocks)
 
 
 class Batch(NamedTuple):
@@ -245,7 +146,7 @@ class Prediction:
 
 
 def predict(
-    kernel: str, costs: Costs, gpu: Gpu, batch: Batch, constants: Constants = Constants(), apart: int = 0
+    kernel: str, costs: Costs, gpu: Gpu, batch: Batch, constants: Constants = H200, apart: int = 0
 ) -> Prediction:
     """One launch over a padded batch, padded rows and keys skipped.
 
