@@ -15,7 +15,7 @@ from padfree_bench.measuring import timing
 from padfree_bench.measuring.errors import DeviceLost
 from padfree_bench.tuning import tune
 from padfree_bench.tuning.children import Found
-from padfree_bench.tuning.work import MASK, Question, Work
+from padfree_bench.tuning.work import MASK, TOLD, Question, Work
 from tiny_bench import CPU
 
 SMALL = "B2-H2-D8-S40-pad50-fp16"
@@ -133,6 +133,25 @@ def test_only_a_measured_winner_clear_of_noise_is_accepted(
     # Nothing beats a row that was not timed.
     not_timed = {"config": question.row.config, "told": MASK}
     assert not tune.decide(question, [not_timed, rows[1]], True)[0]["accepted"]
+
+
+def test_ways_to_tell_keys_are_timed_side_by_side_and_decided_apart(
+    small: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOLD, "again", TOLD[MASK])
+    path, tried = tmp_path / "candidates.json", Config(32, 16, 4, 1)
+    rows = [{"pass": "forward", "case": SMALL, "config": tried, "told": told} for told in ("again", MASK)]
+    tune.write_lines(path, {"rows": rows})
+    offered = tune.offers(small[:1], path)[small[0]]
+    now = small[0].row.config
+    assert [(row["config"], row["told"]) for row in offered] == [
+        (now, MASK), (tried, MASK), (now, "again"), (tried, "again"),
+    ]  # fmt: skip
+    tune.time_candidates(small[0], offered, CPU, time.monotonic() + 60)
+    assert all("p50_us" in row for row in offered)
+    for answer, told in zip(tune.decide(small[0], offered, True), TOLD, strict=True):
+        times = [row["p50_us"] for row in offered if row["told"] == told]
+        assert answer["told"] == told and answer["best_us"] == min(times) and answer["current_us"] == times[0]
 
 
 def test_accepted_rows_serve_short_sequences_on_their_architecture_alone(

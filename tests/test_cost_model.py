@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from padfree_bench.compiled import cost_check
+from padfree_bench.compiled.compile_report import markdown, predictions
 from padfree_bench.compiled.cost_check import FITTED, MEASURED, Timed, fit, judge, left_out, read
 from padfree_bench.compiled.cost_model import (
     H200,
@@ -200,3 +201,30 @@ def test_what_the_model_does_not_know_of_a_kernel_is_said(changes: dict[str, obj
         serialized=known["serialized"], shared_bytes=known["shared"], ttir=known["ttir"], arch=90,
     )  # fmt: skip
     assert excluded(compiled) == reason  # type: ignore[arg-type]
+
+
+def test_the_report_says_beside_a_prediction_what_the_model_does_not_know() -> None:
+    named = {
+        "kernel": FORWARD,
+        "arch": 90,
+        "dtype": "bfloat16",
+        "head_dim": 64,
+        "variant": "padded",
+        "num_warps": 4,
+    }
+    read = {
+        "registers": 152,
+        "stack": 8,
+        "spills": 0,
+        "shared": 57344,
+        "ctas": 3,
+        "serialized": "",
+        "num_stages": 3,
+    }
+    facts = [
+        named | read | {"block_m": 64, "block_n": 64, "costs": COSTS, "excluded": "8 bytes on the stack"}
+    ]
+    (row,) = predictions(facts)
+    assert row["case"] == "B64-H12-D64-S400-imdb" and row["expected"] == expected()
+    last = markdown(facts).splitlines()[-1]
+    assert f"**{row['expected']:.1f}** | 8 bytes on the stack |" in last and f"{row['waiting']:.0%}" in last
