@@ -104,7 +104,7 @@ def test_a_shortlist_holds_the_current_row_and_the_best_by_prediction() -> None:
     found += screened(128, 128, 8, us=30) + screened(64, 128, 4, us=5, refused="spills")
     found[2]["refused"] = "16 bytes on the stack"
     kept = tune_candidates.shortlist(current, found)
-    # Two depths of each tile at most, nothing refused, and nothing that is expected to be 15 % slower.
+    # Two depths of each tile at most, nothing refused, and nothing that is expected to be 30 % slower.
     best = [Config(64, 32, 4, 1), Config(64, 32, 4, 2), Config(64, 64, 4, 1), Config(64, 64, 4, 2)]
     best += [Config(128, 64, 8, 1), Config(128, 64, 8, 2)]
     assert [row["config"] for row in kept] == [current, *best]

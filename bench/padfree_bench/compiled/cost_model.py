@@ -145,6 +145,33 @@ class Prediction:
     expected: float
 
 
+class Needs(NamedTuple):
+    """Cycles of each program, [tiles, B]: its turns at issue slots or exp2 and at the memory, and what it stalls for alone."""
+
+    busy: np.ndarray
+    memory: np.ndarray
+    stalls: np.ndarray
+
+
+def settle(needs: Needs, full: np.ndarray, at_once: int, tile: Needs, stages: int, load: float) -> Needs:
+    """The same of programs beside others, with the waits for loads of full tiles among the stalls.
+
+    `tile` is what one full tile needs. How much of a `load` the stages cover depends on how long a tile takes, and that on
+    the waits of all programs: both are found in turn.
+    """
+    uncovered, now = load, needs
+    for _ in range(10):
+        stalls = needs.stalls + full * uncovered
+        demands = (needs.busy.mean(), needs.memory.mean())
+        stays = wait_for_one_another(at_once, stalls.mean(), demands)
+        slower = [stay / demand for stay, demand in zip(stays, demands, strict=True)]
+        now = Needs(needs.busy * slower[0], needs.memory * slower[1], stalls)
+        covered = (stages - 1) * (tile.busy * slower[0] + tile.stalls)
+        # The mean excess of a load's time over what is covered, where such times are distributed exponentially.
+        uncovered = load * math.exp(-float(covered) / load)
+    return now
+
+
 def predict(
     kernel: str, costs: Costs, gpu: Gpu, batch: Batch, constants: Constants = H200, apart: int = 0
 ) -> Prediction:
@@ -160,24 +187,18 @@ def predict(
     instructions = programs.full * costs.loop + programs.masked * costs.masked_loop + outside
     tiles = programs.full + programs.masked
     # Cycles of a multiprocessor, of each program.
-    issue, mufu, matrix = costs.issue(instructions), tiles * costs.mufu, tiles * costs.matrix
-    memory = moved / (gpu.bytes_per_second / (gpu.multiprocessors * gpu.clock_ghz * 1e9))
-    busy = np.maximum(issue, mufu)
-
-    demands, at_once = (busy.mean(), memory.mean()), max(1, costs.ctas)
+    each = {
+        "issue": costs.issue(instructions), "mufu": tiles * costs.mufu, "matrix": tiles * costs.matrix,
+        "memory": moved / (gpu.bytes_per_second / (gpu.multiprocessors * gpu.clock_ghz * 1e9)),
+    }  # fmt: skip
+    needs = Needs(np.maximum(each["issue"], each["mufu"]), each["memory"], c.stall * instructions)
+    tile = Needs(*map(np.asarray, (max(costs.issue(costs.loop), costs.mufu), 0, c.stall * costs.loop)))
+    at_once = max(1, costs.ctas)  # one that does not fit at all is `excluded`
     load = (c.hit + missing * c.miss) * gpu.clock_ghz
-    uncovered, slower = load, (1.0, 1.0)
-    for _ in range(10):  # what the stages cover depends on how long a tile takes, which depends on it
-        waits = c.stall * instructions + programs.full * uncovered
-        stays = wait_for_one_another(at_once, waits.mean(), demands)
-        slower = tuple(stay / demand for stay, demand in zip(stays, demands, strict=True))
-        tile = max(costs.issue(costs.loop), costs.mufu) * slower[0] + c.stall * costs.loop
-        # Times of loads spread like waits for a bus: this is the mean excess of one over what the stages cover.
-        uncovered = load * math.exp(-(costs.num_stages - 1) * tile / load)
-    durations = waits + busy * slower[0] + memory * slower[1]
+    taken = settle(needs, programs.full, at_once, tile, costs.num_stages, load)
+    durations = taken.busy + taken.memory + taken.stalls
 
     microseconds = 1 / (gpu.clock_ghz * 1e3)
-    each = {"issue": issue, "mufu": mufu, "matrix": matrix, "memory": memory}
     scale = batch.heads / gpu.multiprocessors * microseconds
     bounds = {name: float(cycles.sum()) * scale for name, cycles in each.items()}
     bound = max(bounds, key=bounds.__getitem__)
@@ -187,6 +208,6 @@ def predict(
         **bounds,
         floor=bounds[bound],
         bound=bound,
-        waiting=float(waits.sum() / durations.sum()),
+        waiting=float(taken.stalls.sum() / durations.sum()),
         expected=c.launch / 1e3 + end * microseconds,
     )
