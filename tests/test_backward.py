@@ -191,4 +191,4 @@ def test_the_table_answers_every_dtype_head_dim_and_length():
             for head_dim in range(1, 257):
                 for length in (1, 400, 1024, 1025, 1 << 20):
                     config = configs.choose(passname, dtype, head_dim, length, torch.device("cpu"))
-                    assert min(config) >= 1
+                    assert min(config[:4]) >= 1

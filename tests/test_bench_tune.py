@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Question]]:
 
 
 def ask(question: Question, *configs: Config, seconds: float = 60) -> list[Found]:
-    rows: list[Found] = [{"config": config, "told": MASK} for config in (question.row.config, *configs)]
+    rows: list[Found] = [{"config": config, "told": MASK} for config in (question.row().config, *configs)]
     tune.time_candidates(question, rows, CPU, time.monotonic() + seconds)
     return rows
 
@@ -125,27 +125,26 @@ def test_only_a_measured_winner_clear_of_noise_is_accepted(
         return {"config": config, "told": MASK, **times}
 
     question = HEADLINE[0]
-    rows = [row(question.row.config, 90, 100, 110), row(Config(128, 64, 8, 3), *best)]
+    rows = [row(question.row().config, 90, 100, 110), row(Config(128, 64, 8, 3), *best)]
     rows.append(row(Config(128, 128, 8, 3), 1, 1, 1) | {"refused": "wrong answer"})
     (answer,) = tune.decide(question, rows, on_gpu)
-    assert (answer["config"], answer["accepted"]) == ((128, 64, 8, 3), accepted)
+    assert (answer["config"], answer["accepted"]) == (Config(128, 64, 8, 3), accepted)
     assert not tune.decide(question, rows[:1], True)[0]["accepted"]
     # Nothing beats a row that was not timed.
-    not_timed = {"config": question.row.config, "told": MASK}
+    not_timed = {"config": question.row().config, "told": MASK}
     assert not tune.decide(question, [not_timed, rows[1]], True)[0]["accepted"]
 
 
 def test_ways_to_tell_keys_are_timed_side_by_side_and_decided_apart(
-    small: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: list[Question], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(TOLD, "again", TOLD[MASK])
     path, tried = tmp_path / "candidates.json", Config(32, 16, 4, 1)
-    rows = [{"pass": "forward", "case": SMALL, "config": tried, "told": told} for told in ("again", MASK)]
+    rows = [{"pass": "forward", "case": SMALL, "config": tried, "told": told} for told in ("lengths", MASK)]
     tune.write_lines(path, {"rows": rows})
     offered = tune.offers(small[:1], path)[small[0]]
-    now = small[0].row.config
+    now = small[0].row().config
     assert [(row["config"], row["told"]) for row in offered] == [
-        (now, MASK), (tried, MASK), (now, "again"), (tried, "again"),
+        (now, MASK), (tried, MASK), (now, "lengths"), (tried, "lengths"),
     ]  # fmt: skip
     tune.time_candidates(small[0], offered, CPU, time.monotonic() + 60)
     assert all("p50_us" in row for row in offered)
@@ -164,12 +163,13 @@ def test_accepted_rows_serve_short_sequences_on_their_architecture_alone(
         | {"accepted": question.passname != "key_gradient"}
         for question in HEADLINE
     ]
-    in_order = answers[0] | {"told": "lengths", "config": [16, 16, 4, 1]}  # a call that no row can ask for
-    tune.write_lines(path, {"answers": [*answers, in_order]})
-    assert [row["pass"] for row in tune.apply_rows(path)] == ["forward", "query_gradient"] * 2
+    told = answers[0] | {"told": "lengths", "config": [16, 16, 4, 1]}
+    tune.write_lines(path, {"answers": [*answers, told]})
+    assert [row["pass"] for row in tune.apply_rows(path)] == ["forward", "query_gradient"] * 2 + ["forward"]
     row_for, half = configs.row_for, torch.bfloat16
     assert row_for("forward", half, 64, 400, 90).config == best
     assert row_for("query_gradient", half, 16, 1024, 90).config == best
+    assert row_for("forward", half, 64, 400, 90, known=True).config == Config(16, 16, 4, 1)
     for passname, *key in (
         ("forward", 64, 1025, 90),
         ("forward", 64, 400, 90, True),  # what was measured had no mask, dropout or the like
@@ -190,7 +190,9 @@ def test_a_rehearsal_answers_every_question_and_accepts_nothing(tmp_path: Path) 
     (path,) = tmp_path.glob("*/tune.json")
     content = json.loads(path.read_text())
     assert content["basis"].startswith("predicted") and not content["not_reached"]
-    assert [(a["pass"], a["case"]) for a in content["answers"]] == [(q.passname, q.case.id) for q in HEADLINE]
+    assert [(a["pass"], a["case"], a["told"]) for a in content["answers"]] == [
+        (q.passname, q.case.id, told) for q in HEADLINE for told in TOLD
+    ]
     assert all(a["best_us"] <= a["current_us"] and not a["accepted"] for a in content["answers"])
 
 
@@ -231,10 +233,13 @@ def test_a_run_on_a_gpu_saves_every_answer_as_it_comes(
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--cases", SMALL, "--candidates", str(path), "--output", str(tmp_path), "--minutes", "5"])
     content = json.loads((tmp_path / "h100" / "tune.json").read_text())
-    assert [a["pass"] for a in content["answers"]] == ["forward", "query_gradient"]
+    assert [(a["pass"], a["told"]) for a in content["answers"]] == [
+        (passname, told) for passname in ("forward", "query_gradient") for told in TOLD
+    ]
     assert content["basis"].startswith("measured") and content["not_reached"] == [f"key_gradient {SMALL}"]
     timed = [("p50_us" in row, row.get("refused")) for row in content["rows"]]
-    assert timed == [(True, None), (True, None), (False, "the compiler crashed")] * 2
+    # With the mask and both tried configurations, and once more the current row with lengths, for each of two passes.
+    assert timed == [(True, None), (True, None), (False, "the compiler crashed"), (True, None)] * 2
 
 
 def test_a_run_that_answers_nothing_fails_and_leaves_no_older_answer(

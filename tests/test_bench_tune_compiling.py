@@ -39,7 +39,7 @@ with compile_only(90, tuple(KERNELS[name][0] for name in PASSES)) as launched:
     out, _ = autograd.run(*leaves, inputs.padding, None, autograd.KernelOptions.of(inputs.query, None, 0.0, None, True))
     torch.autograd.grad(out, leaves, inputs.d_out)
 for question, kernel in zip(asked, launched, strict=True):
-    mine = compile_candidate(question.passname, question.case, question.row.config)
+    mine = compile_candidate(question.passname, question.case, question.row().config)
     print(question, kernel.kernel.hash == mine.kernel.hash and kernel.grid == mine.grid)
 """
 
@@ -61,7 +61,7 @@ def test_the_screened_candidates_belong_to_todays_table() -> None:
         offered = [r for r in rows if (r["pass"], r["case"]) == (question.passname, question.case.id)]
         for told in TOLD:
             configs = [r["config"] for r in offered if r["told"] == told]
-            assert question.row.config in configs, f"{question}: run python -m bench tune --screen"
+            assert question.row(told).config in configs, f"{question}: run python -m bench tune --screen"
             assert 2 < len(set(configs)) == len(configs)
         assert len(offered) <= tune_candidates.MOST
         assert all(r["predicted_us"] > 0 and r["costs"] and r["reason"] for r in offered)
@@ -103,7 +103,7 @@ def test_a_shortlist_holds_the_current_row_and_the_best_by_prediction() -> None:
     found = screened(64, 64, 4, us=20) + screened(128, 64, 8, us=22) + screened(64, 32, 4, us=15)
     found += screened(128, 128, 8, us=30) + screened(64, 128, 4, us=5, refused="spills")
     found[2]["refused"] = "16 bytes on the stack"
-    kept = tune_candidates.shortlist(current, found)
+    kept = tune_candidates.shortlist(dict.fromkeys(TOLD, current), found)
     # Two depths of each tile at most, nothing refused, and nothing that is expected to be 30 % slower.
     best = [Config(64, 32, 4, 1), Config(64, 32, 4, 2), Config(64, 64, 4, 1), Config(64, 64, 4, 2)]
     best += [Config(128, 64, 8, 1), Config(128, 64, 8, 2)]
@@ -112,8 +112,7 @@ def test_a_shortlist_holds_the_current_row_and_the_best_by_prediction() -> None:
     assert kept[1]["reason"].startswith("-30% expected: 3 programs at once, each waits 50% of its time")
 
 
-def test_every_way_to_tell_keys_has_its_share_of_the_menu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TOLD, "lengths", TOLD[MASK])
+def test_every_way_to_tell_keys_has_its_share_of_the_menu() -> None:
     tiles = [(64, 64, 4), (64, 32, 4), (32, 64, 4), (128, 64, 8), (128, 32, 8)]
     found = [
         row
@@ -121,7 +120,7 @@ def test_every_way_to_tell_keys_has_its_share_of_the_menu(monkeypatch: pytest.Mo
         for i, tile in enumerate(tiles)
         for row in screened(*tile, us=40.0 + i / 10 - faster, told=told)
     ]
-    kept = tune_candidates.shortlist(Config(64, 64, 4, 2), found)
+    kept = tune_candidates.shortlist(dict.fromkeys(TOLD, Config(64, 64, 4, 2)), found)
     for told in TOLD:
         rows = [row for row in kept if row["told"] == told]
         assert len(rows) == tune_candidates.MOST // 2 and rows[0]["config"] == Config(64, 64, 4, 2)
@@ -131,7 +130,7 @@ def test_configurations_are_stored_by_name_and_read_as_they_were_before(tmp_path
     path, config = tmp_path / "candidates.json", Config(64, 32, 8, 1)
     tune_candidates.write_lines(path, {"rows": [{"config": config, "told": MASK}]})
     (stored,) = json.loads(path.read_text())["rows"]
-    assert stored["config"] == {"block_m": 64, "block_n": 32, "num_warps": 8, "num_stages": 1}
+    assert stored["config"].items() >= {"block_m": 64, "block_n": 32, "num_warps": 8, "num_stages": 1}.items()
     for text in (stored["config"], [64, 32, 8, 1]):
         path.write_text(json.dumps({"rows": [{"config": text}]}))
         assert tune_candidates.read_candidates(path) == [{"config": config, "told": MASK}]

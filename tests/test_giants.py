@@ -63,9 +63,9 @@ def compute(inputs: dict[str, Tensor], outputs: dict[str, Tensor], queries: int 
         inputs[name][:, :, :queries] for name in ("query", "d_out", "attn_mask", "d_lse")
     )
     keys = inputs["key"], inputs["value"], inputs["padding"]
-    call = Call(query, *keys, attn_mask, None, None, None, queries, S, 0.25, 0.0, -1, -1, False)
+    call = Call(query, *keys, attn_mask, *[None] * 5, queries, S, 0.25, 0.0, -1, -1, False)
     with allocating(outputs):
-        out, lse = operators._forward(*_fields(call))
+        out, lse, _ = operators._forward(*_fields(call))
         grads = tuple(
             outputs.get(name, torch.empty(like.shape).half())
             for name, like in (("dq", query), ("dk", keys[0]), ("dv", keys[1]))
@@ -186,7 +186,7 @@ def test_lse_rows_beyond_32_bits_are_written_by_sampled_programs() -> None:
     last = -(-queries // config.block_m) * batch * heads - 1
     # tiles of the highest rows come first, so the highest row of the last head is program batch * heads - 1
     with sanitize(programs=[(0, 0, 0), (batch * heads - 1, 0, 0), (last, 0, 0)]) as report:
-        _, lse2 = operators._forward(query, key, key, *[None] * 5, queries, 5, 1.0, 0.0, -1, -1, False)
+        _, lse2, _ = operators._forward(query, key, key, *[None] * 7, queries, 5, 1.0, 0.0, -1, -1, False)
     assert not report.findings and report.total["programs"] == 3
     expected = torch.tensor(5.0).log2()
     for b, h, m in ((0, 0, queries - 1), (batch - 1, heads - 1, queries - 1), (batch - 1, heads - 1, 0)):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel
 
+import padfree
 from padfree.integrations import transformers as integration
 from tiny_models import FAMILIES, FUSED, OWN_ATTENTION, make_batch, make_model, max_error, own_registration
 
@@ -158,6 +159,34 @@ def test_the_mask_reaches_every_layer_as_the_tokenizer_made_it(by_reference, mon
     assert len(seen) == 3
     for padding in seen:
         assert torch.equal(padding, batch["attention_mask"] == 0)
+
+
+def test_a_mask_is_turned_into_padding_once_a_forward(by_reference, monkeypatch):
+    """Not once a layer, and not once for ever: the caller may write another batch's numbers into the same tensor."""
+    found, handed = [], []
+    key_spans, attention = padfree.key_spans, padfree.attention
+
+    def finding(mask):
+        found.append(mask)
+        return key_spans(mask)
+
+    def attending(query, key, value, padding, *, key_spans=None, **options):
+        handed.append((padding, key_spans))
+        return attention(query, key, value, padding, key_spans=key_spans, **options)
+
+    monkeypatch.setattr(padfree, "key_spans", finding)
+    monkeypatch.setattr(padfree, "attention", attending)
+    model, batch = make_model("bert", "padfree_strict"), make_batch()
+    layers = model.config.num_hidden_layers
+    assert layers > 1
+    for kept in (batch["attention_mask"].clone(), batch["attention_mask"].flip(0)):
+        batch["attention_mask"].copy_(kept)
+        found.clear()
+        handed.clear()
+        model(**batch)
+        assert len(found) == 1 and len(handed) == layers
+        for padding, spans in handed:
+            assert torch.equal(padding, kept == 0) and torch.equal(spans, key_spans(kept == 0))
 
 
 def test_attention_dropout_is_applied_in_training_only(by_reference):

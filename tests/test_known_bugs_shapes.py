@@ -250,14 +250,14 @@ def test_meta_strides_are_the_real_ones() -> None:
     arguments = [
         x.transpose(1, 2).contiguous().transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value)
     ]
-    rest = (None, None, None, None, None, 7, 7, 0.25, 0.0, -1, -1, False)
+    rest = (*[None] * 7, 7, 7, 0.25, 0.0, -1, -1, False)
     real = torch.ops.padfree.forward(*arguments, *rest)
-    gradients = torch.ops.padfree.backward(*real, inputs.d_out, None, *arguments, *rest, False)
+    gradients = torch.ops.padfree.backward(*real[:2], inputs.d_out, None, *arguments, *rest, False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(x) for x in arguments]
         fake = torch.ops.padfree.forward(*fakes, *rest)
         fake_gradients = torch.ops.padfree.backward(
-            *fake, mode.from_tensor(inputs.d_out), None, *fakes, *rest, False
+            *fake[:2], mode.from_tensor(inputs.d_out), None, *fakes, *rest, False
         )
     assert real[0].transpose(1, 2).is_contiguous(), "heads are merged after attention without a copy"
     for got, wanted in zip((*fake, *fake_gradients), (*real, *gradients), strict=True):

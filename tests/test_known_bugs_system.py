@@ -32,8 +32,8 @@ found = []
 def compile_kernels(arch, dtype, names, length=64):
     with compile_only(arch, names) as compiled:
         q = torch.zeros(2, 2, length, 16, dtype=dtype)
-        call = (q, q, q, None, None, None, None, None, length, length, 0.2, 0.0, -1, -1, False)
-        out, lse2 = operators._forward(*call)
+        call = (q, q, q, *[None] * 7, length, length, 0.2, 0.0, -1, -1, False)
+        out, lse2, _ = operators._forward(*call)
         operators._backward(out, lse2, out, None, *call, False)
     return compiled
 
@@ -177,7 +177,7 @@ for _ in range(4):
     if not pid:
         with compile_only(90, ("attention_forward_kernel",)) as compiled:
             q = torch.zeros(1, 1, 16, 16, dtype=torch.float16)
-            operators._forward(q, q, q, None, None, None, None, None, 16, 16, 0.2, 0.0, -1, -1, False)
+            operators._forward(q, q, q, *[None] * 7, 16, 16, 0.2, 0.0, -1, -1, False)
         os._exit(0 if len(compiled) == 1 else 1)
     children.append(pid)
 print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])

@@ -57,7 +57,7 @@ def op_arguments(case: str, device: torch.device) -> tuple[Any, ...]:
     seed = dropout_seed(query, options)
     return (
         query, key, value, inputs.key_padding_mask, attn_mask, seed,
-        None, None, query.shape[2], key.shape[2], *options,
+        None, None, None, None, query.shape[2], key.shape[2], *options,
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_the_operators_pass_all_checks_of_opcheck(case, device):
     arguments = op_arguments(case, device)
     checked = torch.library.opcheck(ops.forward.default, arguments)
     assert set(checked.values()) == {"SUCCESS"} and len(checked) == 4
-    out, lse2 = ops.forward(*arguments)
+    out, lse2, _ = ops.forward(*arguments)
     saved = (out, lse2, torch.randn_like(out), torch.randn_like(lse2))
     checked = torch.library.opcheck(ops.backward.default, (*saved, *arguments, case == "float mask"))
     assert set(checked.values()) == {"SUCCESS"}
@@ -81,8 +81,8 @@ def test_the_operators_pass_all_checks_of_opcheck(case, device):
 def test_the_operator_of_a_fused_buffer_passes_all_checks_of_opcheck(device):
     qkv = torch.randn(3, 7, 3, 2, 8, device=device)
     options = KernelOptions.of(qkv, None, 0.0, None, False)
-    call = (None, None, None, None, None, 7, 7, *options)
-    out, lse2 = ops.forward(*qkv.permute(2, 0, 3, 1, 4).unbind(0), *call)
+    call = (*[None] * 7, 7, 7, *options)
+    out, lse2, _ = ops.forward(*qkv.permute(2, 0, 3, 1, 4).unbind(0), *call)
     checked = torch.library.opcheck(
         ops.backward_qkvpacked.default, (out, lse2, torch.randn_like(out), None, qkv, *call)
     )
@@ -243,7 +243,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("queries", (1, 37))
 @pytest.mark.parametrize("skip", (False, True))
 def test_a_call_allocates_its_results_and_one_number_a_row_more(queries, skip, device):
-    """out + LSE forward; dq, dk, dv + delta backward: nothing of size [M, N], no fp32 copy of a gradient."""
+    """out + LSE and what the mask holds forward; dq, dk, dv + delta backward: nothing of size [M, N], no fp32 copy of a gradient."""
     batch, heads, keys, head_dim = 2, 2, 37, 8
     inputs = make_inputs(
         batch, heads, queries, keys, head_dim, dtype=torch.float16, device=device, padding="right"
@@ -251,11 +251,11 @@ def test_a_call_allocates_its_results_and_one_number_a_row_more(queries, skip, d
     arguments = (inputs.query, inputs.key, inputs.value, inputs.key_padding_mask)
     rows = batch * heads * queries
     options = KernelOptions.of(inputs.query, None, 0.0, None, skip and queries == keys)
-    call = (*arguments, None, None, None, None, queries, keys, *options)
+    call = (*arguments, *[None] * 6, queries, keys, *options)
     with Allocations() as forward:
-        out, lse2 = operators._forward(*call)
+        out, lse2, _ = operators._forward(*call)
     results = rows * head_dim * 2
-    assert forward.bytes == results + rows * 4
+    assert forward.bytes == results + rows * 4 + batch * 3 * 4
     with Allocations() as backward:
         operators._backward(out, lse2, inputs.d_out, None, *call, False)
     delta = 0 if queries == 1 else rows * 4

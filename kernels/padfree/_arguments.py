@@ -30,8 +30,8 @@ class Packing(NamedTuple):
 class Arguments(NamedTuple):
     """The checked arguments of a call in the form in which it is computed.
 
-    query is [B, H, M, D], key and value are [B, H_kv, N, D], the padding is bool [B, N]. The sequences of a packed batch
-    lie end to end in one row, B = 1.
+    query is [B, H, M, D], key and value are [B, H_kv, N, D], the padding is bool [B, N], or key_lengths is int32 [B]. The
+    sequences of a packed batch lie end to end in one row, B = 1. `spans` [B, 3] is what `key_spans` makes of the padding.
     """
 
     query: Tensor
@@ -41,6 +41,41 @@ class Arguments(NamedTuple):
     attn_mask: Tensor | None
     options: Options
     packing: Packing | None = None
+    key_lengths: Tensor | None = None
+    spans: Tensor | None = None
+
+    def with_padding(self) -> "Arguments":
+        """The same call with its lengths written out as padding, for those who read no lengths."""
+        if self.key_lengths is None:
+            return self
+        padding = padding_of(self.key_lengths, self.key.shape[2])
+        return self._replace(padding=padding, key_lengths=None)
+
+
+def padding_of(key_lengths: Tensor, keys: int) -> Tensor:
+    """bool [B, N], True where a key lies at its sequence's length or beyond."""
+    return torch.arange(keys, device=key_lengths.device) >= key_lengths[:, None]
+
+
+def key_spans(key_padding_mask: Tensor) -> Tensor:
+    """Where the visible keys of each sequence lie, found once for a mask that many calls of `attention` share.
+
+    Args:
+        key_padding_mask: bool [B, N], [B, 1, N] or [B, 1, 1, N], True = padding.
+
+    Returns:
+        [B, 3] int32: the first visible key, the end of the visible keys, and whether padding lies between (1 or 0). A
+        sequence without a visible key has (0, 0, 0).
+    """
+    padding = key_padding_mask.flatten(1)
+    if padding.shape[1] == 0:
+        return padding.new_zeros((padding.shape[0], 3), dtype=torch.int32)
+    position = torch.arange(1, padding.shape[1] + 1, dtype=torch.int32, device=padding.device)
+    visible = torch.where(padding, 0, position)
+    stop = visible.amax(1)
+    first = torch.where(padding, stop[:, None], position - 1).amin(1)
+    holes = (visible != 0).sum(1, dtype=torch.int32) < stop - first
+    return torch.stack((first, stop, holes.to(torch.int32)), 1)
 
 
 def padding_rows(key_padding_mask: Tensor | None) -> Tensor | None:

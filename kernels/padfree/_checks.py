@@ -16,7 +16,16 @@ SMALLEST_SCALE = 1e-30  # keeps scale and its reciprocal normal numbers of fp32
 MAX_DROPOUT = 1 - 2**-20  # 1 - p must not round to 0 in fp32
 
 
-def check_attention(query: Any, key: Any, value: Any, mask: Any, attn_mask: Any, options: Options) -> None:
+def check_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    attn_mask: Any,
+    options: Options,
+    key_lengths: Any = None,
+    key_spans: Any = None,
+) -> None:
     """Raise TypeError or ValueError unless these arguments describe one padded call; `mask` is the padding mask."""
     _check_qkv(query, key, value, dims=4, layout="[B, H, S, D]")
     batch, heads, rows, _ = query.shape
@@ -28,10 +37,17 @@ def check_attention(query: Any, key: Any, value: Any, mask: Any, attn_mask: Any,
     _check_positions("key", keys)
     if mask is not None:
         _check_padding_mask(mask, batch, keys, query.device)
+    if key_lengths is not None:
+        _check_key_lengths(key_lengths, mask, batch, query.device)
+    if key_spans is not None:
+        if mask is None:
+            raise ValueError("key_spans goes with the key_padding_mask it was made of, got none")
+        _check_int32("key_spans", key_spans, [batch, 3], "[B, 3]", query.device)
     if attn_mask is not None:
         _check_attn_mask(attn_mask, (batch, heads, rows, keys), query)
     _check_flag("skip_padded_queries", options.skip_padded_queries)
-    if options.skip_padded_queries and rows != keys and mask is not None:
+    has_padding = mask is not None or key_lengths is not None
+    if options.skip_padded_queries and rows != keys and has_padding:
         raise ValueError(
             f"skip_padded_queries needs self-attention: as many queries as keys, got {rows} queries and {keys} keys"
         )
@@ -55,7 +71,9 @@ def check_varlen(query: Any, key: Any, value: Any, packing: Packing, options: Op
     _check_options(options)
 
 
-def check_qkvpacked(qkv: Any, mask: Any, cu_seqlens: Any, max_seqlen: Any, options: Options) -> None:
+def check_qkvpacked(
+    qkv: Any, mask: Any, key_lengths: Any, cu_seqlens: Any, max_seqlen: Any, options: Options
+) -> None:
     """Raise TypeError or ValueError unless these arguments describe one call on a fused buffer."""
     _check_tensor("qkv", qkv)
     if qkv.ndim not in (4, 5) or qkv.shape[-3] != 3:
@@ -71,16 +89,17 @@ def check_qkvpacked(qkv: Any, mask: Any, cu_seqlens: Any, max_seqlen: Any, optio
         if max_seqlen is None:
             raise ValueError("max_seqlen must be given with cu_seqlens, got None")
         _check_max_seqlen("max_seqlen", max_seqlen)
-        if mask is not None:
-            raise ValueError(
-                "key_padding_mask must be None with cu_seqlens: packed sequences hold no padding"
-            )
+        for name, padding in (("key_padding_mask", mask), ("key_lengths", key_lengths)):
+            if padding is not None:
+                raise ValueError(f"{name} must be None with cu_seqlens: packed sequences hold no padding")
     elif max_seqlen is not None:
         raise ValueError(f"max_seqlen goes with cu_seqlens, got max_seqlen {max_seqlen!r} and no cu_seqlens")
     else:
         _check_positions("qkv", qkv.shape[1])
     if mask is not None:
         _check_padding_mask(mask, qkv.shape[0], qkv.shape[1], qkv.device)
+    if key_lengths is not None:
+        _check_key_lengths(key_lengths, mask, qkv.shape[0], qkv.device)
     _check_flag("skip_padded_queries", options.skip_padded_queries)
     _check_options(options)
 
@@ -172,6 +191,21 @@ def _check_padding_mask(mask: Any, batch: int, keys: int, device: torch.device) 
         wanted = " or ".join(str(list(s)) for s in shapes)
         raise ValueError(f"key_padding_mask must have shape {wanted}, got {list(mask.shape)}")
     _check_device("key_padding_mask", mask, device)
+
+
+def _check_key_lengths(key_lengths: Any, mask: Any, batch: int, device: torch.device) -> None:
+    _check_int32("key_lengths", key_lengths, [batch], "[B]", device)
+    if mask is not None:
+        raise ValueError("key_lengths must be None with key_padding_mask, which says the same")
+
+
+def _check_int32(name: str, tensor: Any, shape: list[int], letters: str, device: torch.device) -> None:
+    _check_tensor(name, tensor, "an int32 tensor or None")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {letters} = {shape}, got {list(tensor.shape)}")
+    _check_device(name, tensor, device)
 
 
 def _check_attn_mask(attn_mask: Any, full: tuple[int, int, int, int], query: Tensor) -> None:

@@ -28,7 +28,7 @@ def compute(call: Arguments, impl: str) -> tuple[Tensor, Tensor | None]:
 
     dropout_p, scale, window, skip_padded_queries, return_lse = call.options
     options = KernelOptions.of(call.query, scale, dropout_p, window, skip_padded_queries)
-    out, lse2 = run(*call[:5], options, call.packing)
+    out, lse2 = run(call, options)
     return out, lse2 * LN2 if return_lse else None
 
 

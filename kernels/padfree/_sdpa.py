@@ -16,6 +16,7 @@ from padfree.reference import attend, attend_sequences, visible_keys, without_pa
 
 def attend_without_kernel(call: Arguments, impl: str) -> tuple[Tensor, Tensor | None]:
     """out [B, H, M, D], and the LSE [B, H, M] where the options ask for it, by SDPA if `impl` is "auto"."""
+    call = call.with_padding()
     attend_one = _attend_by_sdpa if impl == "auto" else attend
     return attend_one(call) if call.packing is None else attend_sequences(attend_one, call, call.packing)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from padfree import _checks
-from padfree._arguments import Arguments, Options, Window, padding_rows, under_autocast
+from padfree._arguments import Arguments, Options, Window, padding_of, padding_rows, under_autocast
 from padfree._dispatch import Impl, compute
 from padfree.reference import full_precision, heads_of_queries, scale_of, without_padding
 
@@ -18,6 +18,8 @@ def attention(
     value: Tensor,
     key_padding_mask: Tensor | None = None,
     *,
+    key_lengths: Tensor | None = None,
+    key_spans: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -34,6 +36,11 @@ def attention(
         key, value: [B, H_kv, N, D] with query's dtype; H_kv divides H (grouped key/value heads).
         key_padding_mask: bool [B, N], [B, 1, N] or [B, 1, 1, N], **True = padding** as in `nn.MultiheadAttention`; any
             pattern. What stands in padded keys and values, NaN included, changes no bit of any result.
+        key_lengths: int32 [B] on query's device, in place of a mask for padding on the right: keys at key_lengths[b] or
+            beyond are padding. The kernel then reads no mask. As in FlashAttention's `seqused_k` the values are not read on
+            the host, so a wrong one cannot be reported: below 0 it counts as 0, beyond N as N.
+        key_spans: int32 [B, 3], what `padfree.key_spans` makes of key_padding_mask, which is then read at the ends of
+            sequences only. Values that do not belong to the mask give wrong results, but read nothing that is not there.
         attn_mask: broadcastable to [B, H, M, N]. bool: **True = not allowed**, also as in `nn.MultiheadAttention`.
             Float: added to the scores, and differentiable. Unlike padding, a key hidden this way must hold finite
             numbers.
@@ -61,9 +68,10 @@ def attention(
     """
     query, key, value, attn_mask = under_autocast(query, key, value, attn_mask)
     options = Options(dropout_p, scale, window, skip_padded_queries, return_lse)
-    _checks.check_attention(query, key, value, key_padding_mask, attn_mask, options)
+    _checks.check_attention(query, key, value, key_padding_mask, attn_mask, options, key_lengths, key_spans)
     padding = padding_rows(key_padding_mask)
-    out, lse = compute(Arguments(query, key, value, padding, attn_mask, options), impl)
+    call = Arguments(query, key, value, padding, attn_mask, options, None, key_lengths, key_spans)
+    out, lse = compute(call, impl)
     return out if lse is None else (out, lse)
 
 
@@ -73,6 +81,7 @@ def attention_weights(
     lse: Tensor,
     key_padding_mask: Tensor | None = None,
     *,
+    key_lengths: Tensor | None = None,
     rows: Tensor | Sequence[int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -81,7 +90,7 @@ def attention_weights(
     Args:
         query, key: as given to `attention`, [B, H, M, D] and [B, H_kv, N, D].
         lse: [B, H, M] as returned by `attention(..., return_lse=True)`.
-        key_padding_mask: as given to `attention`, True = padding.
+        key_padding_mask, key_lengths: as given to `attention`.
         rows: query positions (int64 tensor or list); all of them when None. `[0]` is the CLS row, which explains a
             prediction.
         scale: as given to `attention`.
@@ -94,10 +103,12 @@ def attention_weights(
         TypeError, ValueError: as `attention`.
     """
     query, key = under_autocast(query, key)
-    _checks.check_attention(query, key, key, key_padding_mask, None, Options(scale=scale))
+    _checks.check_attention(query, key, key, key_padding_mask, None, Options(scale=scale), key_lengths)
     _checks.check_lse(lse, query)
     picked = _checks.check_rows(range(query.shape[2]) if rows is None else rows, query)
     padding = padding_rows(key_padding_mask)
+    if key_lengths is not None:
+        padding = padding_of(key_lengths, key.shape[2])
 
     lse = lse[:, :, picked, None]
     live = lse != -math.inf

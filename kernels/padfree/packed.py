@@ -54,6 +54,7 @@ def attention_qkvpacked(
     qkv: Tensor,
     key_padding_mask: Tensor | None = None,
     *,
+    key_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     dropout_p: float = 0.0,
@@ -66,9 +67,9 @@ def attention_qkvpacked(
     """Self-attention on one buffer that holds query, key and value; its gradient is one buffer alike.
 
     Args:
-        qkv: [B, S, 3, H, D] with an optional `key_padding_mask`, or packed [T, 3, H, D] with `cu_seqlens` [B + 1] int32
-            and `max_seqlen`. Any strides.
-        key_padding_mask, dropout_p, scale, window, skip_padded_queries, return_lse, impl: as in `attention`.
+        qkv: [B, S, 3, H, D] with an optional `key_padding_mask` or `key_lengths`, or packed [T, 3, H, D] with `cu_seqlens`
+            [B + 1] int32 and `max_seqlen`. Any strides.
+        key_padding_mask, key_lengths, dropout_p, scale, window, skip_padded_queries, return_lse, impl: as in `attention`.
 
     Returns:
         out [B, S, H, D] or [T, H, D]; with `return_lse` also lse [B, H, S] or [H, T] fp32.
@@ -78,7 +79,7 @@ def attention_qkvpacked(
     """
     (qkv,) = under_autocast(qkv)
     options = Options(dropout_p, scale, window, skip_padded_queries, return_lse)
-    _checks.check_qkvpacked(qkv, key_padding_mask, cu_seqlens, max_seqlen, options)
+    _checks.check_qkvpacked(qkv, key_padding_mask, key_lengths, cu_seqlens, max_seqlen, options)
     padding, packing = padding_rows(key_padding_mask), None
     if cu_seqlens is not None and max_seqlen is not None:
         packing = Packing(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
@@ -86,13 +87,14 @@ def attention_qkvpacked(
     if choose_impl(impl, qkv) == "reference":
         cut = split_qkv(qkv) if packing is None else (x.transpose(0, 1)[None] for x in qkv.unbind(1))
         query, key, value = cut
-        call = Arguments(query, key, value, padding, None, options, packing)
+        call = Arguments(query, key, value, padding, None, options, packing, key_lengths)
         out, lse = attend_without_kernel(call, impl)
     else:
         from padfree._triton.autograd import KernelOptions, run_qkvpacked
 
         kernel_options = KernelOptions.of(qkv, scale, dropout_p, window, skip_padded_queries)
-        out, lse2 = run_qkvpacked(qkv, padding, kernel_options, packing)
+        call = Arguments(*split_qkv(qkv), padding, None, options, packing, key_lengths)
+        out, lse2 = run_qkvpacked(qkv, call, kernel_options)
         lse = lse2 * LN2 if return_lse else None
     out = out.transpose(1, 2)
     if packing is not None:

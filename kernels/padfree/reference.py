@@ -23,6 +23,7 @@ def reference(
     value: Tensor,
     key_padding_mask: Tensor | None = None,
     *,
+    key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -38,9 +39,10 @@ def reference(
     """
     query, key, value, attn_mask = under_autocast(query, key, value, attn_mask)
     options = Options(dropout_p, scale, window, skip_padded_queries, bool(return_lse))
-    check_attention(query, key, value, key_padding_mask, attn_mask, options)
-    call = Arguments(query, key, value, padding_rows(key_padding_mask), attn_mask, options)
-    out, lse = attend(call, dropout_mask)
+    check_attention(query, key, value, key_padding_mask, attn_mask, options, key_lengths)
+    padding = padding_rows(key_padding_mask)
+    call = Arguments(query, key, value, padding, attn_mask, options, key_lengths=key_lengths)
+    out, lse = attend(call.with_padding(), dropout_mask)
     return out if lse is None else (out, lse)
 
 
@@ -130,7 +132,7 @@ def attend_sequences(
 
 def visible_keys(call: Arguments) -> Tensor:
     """bool, broadcastable to [B, H, M, N] with all N keys, True where a query sees a key."""
-    query, key, _, padding, attn_mask, options, _ = call
+    query, key, _, padding, attn_mask, options, *_ = call
     rows, keys = query.shape[2], key.shape[2]
     visible = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=query.device)
     if options.window is not None:

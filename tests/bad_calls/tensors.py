@@ -76,6 +76,35 @@ def padding_masks(entry_point: str) -> list[BadCall]:
     return one_wrong(entry_point, rows)
 
 
+def numbers(entry_point: str, name: str, shape: tuple[int, ...]) -> list[BadCall]:
+    """key_lengths and key_spans, beside which key_spans wants the mask that key_lengths refuses."""
+    good = torch.zeros(shape, dtype=torch.int32)
+    shapes = [(*shape, 1), (shape[0] + 1, *shape[1:]), ()]
+    cases: list[tuple[str, Any, type[Exception], str]] = [
+        *(
+            (f"a {dtype} {name}", good.to(dtype), TypeError, str(dtype))
+            for dtype in (torch.int64, torch.bool)
+        ),
+        *((f"a {name} of shape {[*x]}", good.new_zeros(x), ValueError, str([*x])) for x in shapes),
+        (f"a {name} that is a list", [0] * B, TypeError, "list"),
+        (f"a {name} on another device", good.to("meta"), ValueError, "meta"),
+    ]
+    rows = one_wrong(entry_point, [(what, name, value, error, came) for what, value, error, came in cases])
+    mask = {"key_padding_mask": torch.zeros(B, S, dtype=torch.bool)}
+    if name == "key_spans":
+        alone: BadCall = (entry_point, "key_spans without a mask", {name: good}, ValueError, name, "none")
+        return [alone, *((*row[:2], row[2] | mask, *row[3:]) for row in rows)]  # type: ignore[list-item]
+    both: BadCall = (
+        entry_point,
+        f"{name} beside a mask",
+        {name: good} | mask,
+        ValueError,
+        name,
+        "key_padding_mask",
+    )
+    return [both, *rows]
+
+
 def attn_masks() -> list[BadCall]:
     full = torch.zeros(B, H, S, S)
     cases: list[tuple[str, Any, type[Exception], str]] = [
@@ -100,6 +129,8 @@ def layouts(entry_point: str) -> list[BadCall]:
     arguments = {name: x for name, x in ENTRY_POINTS[entry_point][1]().items() if isinstance(x, torch.Tensor)}
     if entry_point in ("attention", "attention_qkvpacked"):
         arguments["key_padding_mask"] = torch.zeros(B, S, dtype=torch.bool)
+    if entry_point in ("attention", "attention_qkvpacked", "attention_weights"):
+        arguments["key_lengths"] = torch.zeros(B, dtype=torch.int32)
     if entry_point == "attention":
         arguments["attn_mask"] = torch.zeros(B, H, S, S)
     if entry_point == "attention_weights":

@@ -28,6 +28,7 @@ SUITE = (
     "test_every_form.py",
     "test_not_a_number.py",
     "test_bad_calls.py",
+    "test_key_lengths.py",
     f"{STRIDES}_masks_give_the_same_bits",
     f"{STRIDES}_inputs_give_the_same_bits",
     f"{STRIDES}_incoming_gradient_give_the_same_bits",

@@ -57,7 +57,7 @@ FAULTS = [
     ),
     key_gradient(
         "keys past the end are stored", "bounds",
-        fragment="in_n = n < sequence.keys", replacement="in_n = n <= sequence.keys",
+        fragment="in_n = n < sequence.key_rows", replacement="in_n = n <= sequence.key_rows",
     ),
     query_gradient(
         "dq rows past the end are stored", "bounds",
@@ -90,7 +90,7 @@ FAULTS = [
     ),
     query_gradient(
         "edge tiles of dq are not masked", "mask",
-        fragment="load_keep_n(inputs.padding, head.padding_start, n, stop) if MASKED else None", replacement="None",
+        fragment="keep_n = None if HIDDEN == NOTHING else visible_in_tile(inputs, head, n, stop, HIDDEN)", replacement="keep_n = None",
     ),
     key_gradient(
         "dk and dv take LSE and delta for each other", "saved statistics",
@@ -169,5 +169,13 @@ FAULTS = [
     mask_gradient(
         "columns of the mask past the end are stored", "bounds",
         fragment="(column < d_mask.keys)[None, :]", replacement="(column <= d_mask.keys)[None, :]",
+    ),
+    key_gradient(
+        "keys beyond a length keep what memory holds", "lengths",
+        fragment='in_n = n < sequence.key_rows', replacement='in_n = n < sequence.keys',
+    ),
+    mask_gradient(
+        "the mask's gradient reads keys beyond a length", "lengths",
+        fragment='inputs, n_first, sequence.keys, TILE', replacement='inputs, n_first, sizes.keys, TILE',
     ),
 ]  # fmt: skip

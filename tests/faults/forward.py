@@ -47,10 +47,14 @@ FAULTS = [
     ),
     forward(
         "skipped queries are computed", "mask",
-        fragment="load_keep_n(inputs.padding, head.padding_start, m, sequence.queries) if TILE.SKIP_QUERIES else in_m", replacement="in_m",
+        fragment="load_keep_n(inputs.padding, head.padding_start, m, sequence.keys) if TILE.SKIP_QUERIES else in_m", replacement="in_m",
     ),
     forward(
         "edge tiles of the forward are not masked", "mask",
-        fragment="load_keep_n(inputs.padding, head.padding_start, n, stop) if MASKED else None", replacement="None",
+        fragment="keep_n = None if HIDDEN == NOTHING else visible_in_tile(inputs, head, n, stop, HIDDEN)", replacement="keep_n = None",
+    ),
+    forward(
+        "what was found is stored by the second tile", "lengths",
+        fragment='(tile == 0) & (h == 0)', replacement='(tile == 1) & (h == 0)',
     ),
 ]  # fmt: skip

@@ -60,7 +60,7 @@ FAULTS = [
     ),
     launch(
         "skipping queries is never asked for", "mask",
-        fragment='SKIP_QUERIES=self.skip_padded_queries and self.padding is not None', replacement='SKIP_QUERIES=False',
+        fragment='SKIP_QUERIES=self.skip_padded_queries and self.has_padding', replacement='SKIP_QUERIES=False',
     ),
     launch(
         "kernels launch for empty batches", "empty sizes",
@@ -144,5 +144,33 @@ FAULTS = [
     dispatch(
         "skip_padded_queries is not handed on", "wrapper",
         fragment="Options.of(call.query, scale, dropout_p, window, skip_padded_queries)", replacement="Options.of(call.query, scale, dropout_p, window, False)",
+    ),
+    launch(
+        "lengths do not skip queries", "lengths",
+        fragment='return self.padding is not None or self.key_lengths is not None', replacement='return self.padding is not None',
+    ),
+    autograd(
+        "the backward scans the mask again", "lengths",
+        fragment='found if found.shape[0] else spans, out', replacement='spans, out',
+    ),
+    checks(
+        "key_lengths beside a mask are accepted", "validation",
+        fragment='    if mask is not None:\n        raise ValueError("key_lengths', replacement='    if False:\n        raise ValueError("key_lengths',
+    ),
+    checks(
+        "int64 key_lengths are accepted", "validation",
+        fragment='if tensor.dtype != torch.int32:', replacement='if False:',
+    ),
+    arguments(
+        "a key at its sequence's length is visible", "lengths",
+        fragment='>= key_lengths[:, None]', replacement='> key_lengths[:, None]',
+    ),
+    arguments(
+        "holes are not found on the host", "lengths",
+        fragment='.sum(1, dtype=torch.int32) < stop - first', replacement='.sum(1, dtype=torch.int32) < 0',
+    ),
+    packed(
+        "lengths of a fused buffer are not handed on", "lengths",
+        fragment='padding, None, options, packing, key_lengths)\n        out, lse2', replacement='padding, None, options, packing, None)\n        out, lse2',
     ),
 ]  # fmt: skip

@@ -91,11 +91,11 @@ FAULTS = [
     ),
     tiles(
         "holes are not noticed", "mask",
-        fragment="holes = count < stop - first", replacement="holes = count < 0",
+        fragment="Visible(first, stop, count < stop - first)", replacement="Visible(first, stop, count < 0)",
     ),
     tiles(
         "the first visible key is skipped", "mask",
-        fragment="first = tl.min(firsts, 0)", replacement="first = tl.min(firsts, 0) + 1",
+        fragment="first = tl.where(count > 0, num_keys - back, 0)", replacement="first = tl.where(count > 0, num_keys - back + 1, 0)",
     ),
     tiles(
         "the last visible key is skipped", "mask",
@@ -186,7 +186,7 @@ FAULTS = [
     ),
     single(
         "a single query's keys past the end are stored", "bounds",
-        fragment="in_n = start + tl.arange(0, BLOCK_N) < sequence.keys", replacement="in_n = start + tl.arange(0, BLOCK_N) <= sequence.keys",
+        fragment="in_n = start + tl.arange(0, BLOCK_N) < sequence.key_rows", replacement="in_n = start + tl.arange(0, BLOCK_N) <= sequence.key_rows",
     ),
     scores(
         "keys past the end reach an attn_mask tile", "bounds",
@@ -262,5 +262,61 @@ FAULTS = [
     scores(
         "every head drops by the stream of its sequence's head 0", "dropout",
         fragment="bh = (b * inputs.sizes.heads + h).to(tl.int32)", replacement="bh = (b * inputs.sizes.heads).to(tl.int32)",
+    ),
+    tiles(
+        "a length beyond the keys is believed", "lengths",
+        fragment='tl.minimum(tl.maximum(tl.load(sizes.key_lengths_ptr + b), 0), key_rows)', replacement='tl.maximum(tl.load(sizes.key_lengths_ptr + b), 0)',
+    ),
+    tiles(
+        "every sequence has the first one's length", "lengths",
+        fragment='sizes.key_lengths_ptr + b)', replacement='sizes.key_lengths_ptr)',
+    ),
+    tiles(
+        "one key beyond a length is visible", "lengths",
+        fragment='tl.load(sizes.key_lengths_ptr + b), 0)', replacement='tl.load(sizes.key_lengths_ptr + b) + 1, 0)',
+    ),
+    tiles(
+        "every sequence has the first one's span", "lengths",
+        fragment='span = inputs.spans_ptr + sequence.b * 3', replacement='span = inputs.spans_ptr',
+    ),
+    tiles(
+        "a span that ends beyond the keys is believed", "lengths",
+        fragment='tl.minimum(tl.load(span + 1), sequence.keys)', replacement='tl.load(span + 1)',
+    ),
+    tiles(
+        "a span that begins before the keys is believed", "lengths",
+        fragment='tl.maximum(tl.load(span), 0)', replacement='tl.load(span)',
+    ),
+    tiles(
+        "a span's holes are not read", "lengths",
+        fragment='tl.load(span + 2) != 0)', replacement='tl.load(span + 2) < 0)',
+    ),
+    tiles(
+        "holes that were found are not stored", "lengths",
+        fragment='visible.holes.to(tl.int32), mask', replacement='visible.holes.to(tl.int32) * 0, mask',
+    ),
+    tiles(
+        "one loop hides no key", "one loop",
+        fragment='END if TILE.ONE_LOOP else NOTHING', replacement='NOTHING',
+    ),
+    tiles(
+        "one loop leaves holes out", "one loop",
+        fragment='if LAST_EDGE or not TILE.ONE_LOOP:', replacement='if not TILE.ONE_LOOP:',
+    ),
+    tiles(
+        "one loop stops before the last tile", "one loop",
+        fragment='full_lo, full_hi = lo, hi', replacement='full_lo = lo',
+    ),
+    tiles(
+        "the last group of heads is taken for a full one", "programs",
+        fragment='tl.minimum(sizes.sequences * heads - group_first, sizes.together)', replacement='sizes.together',
+    ),
+    tiles(
+        "every group of heads begins with the first program", "programs",
+        fragment='tl.program_id(0) - group_first * tiles', replacement='tl.program_id(0)',
+    ),
+    single(
+        "a single query gives keys beyond a length no gradient", "lengths",
+        fragment='range(0, sequence.key_rows, BLOCK_N)', replacement='range(0, sequence.keys, BLOCK_N)',
     ),
 ]  # fmt: skip

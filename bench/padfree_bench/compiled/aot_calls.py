@@ -5,9 +5,10 @@ of any length costs nothing.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Variant:
     """One combination of the options that select code in the kernels."""
 
     padding: bool = True
+    lengths: bool = False
     skip: bool = True
     attn_mask: str | None = None
     dropout: bool = False
@@ -39,6 +41,7 @@ class Variant:
 VARIANTS = {
     "padded": Variant(),
     "keys": Variant(skip=False),
+    "lengths": Variant(padding=False, lengths=True),
     "dense": Variant(padding=False, skip=False),
     "packed": Variant(padding=False, skip=False, packed=True),
     "dropout": Variant(dropout=True),
@@ -48,7 +51,9 @@ VARIANTS = {
     "bias": Variant(skip=False, attn_mask="bias"),
     "grouped": Variant(group=2, lse_gradient=True),
     "unit scale": Variant(scale=1.0),
-    "everything": Variant(True, False, "bias", dropout=True, left=64, right=64, group=2, lse_gradient=True),
+    "everything": Variant(
+        skip=False, attn_mask="bias", dropout=True, left=64, right=64, group=2, lse_gradient=True
+    ),
 }
 # (batch, key heads, what is taken from S and D): how a launcher's integers specialise.
 SHAPES = {"sixteens": (16, 16, 0), "ones": (1, 1, 0), "neither": (3, 6, 3)}
@@ -104,7 +109,9 @@ def make_call(target: Target) -> Call:
         padding=empty(batch, seq, dtype=torch.bool) if variant.padding else None,
         attn_mask=empty(batch, heads, rows, seq, dtype=mask_dtype) if variant.attn_mask else None,
         seed=empty(1, dtype=torch.int64) if variant.dropout else None,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_q=rows, max_k=seq,
+        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+        key_lengths=empty(batch, dtype=torch.int32) if variant.lengths else None, spans=None,
+        max_q=rows, max_k=seq,
         scale=variant.scale or target.head_dim**-0.5, dropout_p=0.1 if variant.dropout else 0.0,
         left=variant.left, right=variant.right, skip_padded_queries=variant.skip and rows == seq,
     )  # fmt: skip
@@ -113,13 +120,17 @@ def make_call(target: Target) -> Call:
 def compile_target(target: Target) -> list[Compiled]:
     """The kernels that read the target's row, as autograd would launch them for its call."""
     call, variant = make_call(target), VARIANTS[target.variant]
-    arguments = [getattr(call, field.name) for field in fields(call)]
     lse, out = torch.empty(call.query.shape[:3], device="meta"), heads_last(call.query)
     saved = (out, lse, torch.empty_like(out), torch.empty_like(lse) if variant.lse_gradient else None)
     with compile_only(target.arch, KERNELS[target.passname]) as compiled:
-        operators._forward(*arguments)
-        operators._backward(*saved, *arguments, variant.attn_mask == "bias")
+        operators._forward(*_fields(call))
+        backward = replace(call, spans=call.empty_spans())
+        operators._backward(*saved, *_fields(backward), variant.attn_mask == "bias")
     return compiled
+
+
+def _fields(call: Call) -> list[Any]:
+    return [getattr(call, field.name) for field in fields(call)]
 
 
 def table_targets(archs: tuple[Arch, ...], variants: tuple[str, ...] = ("padded",)) -> Iterator[Target]:
@@ -128,9 +139,9 @@ def table_targets(archs: tuple[Arch, ...], variants: tuple[str, ...] = ("padded"
         options = product(enumerate(rows), KIND_DTYPES[kind], variants_of(passname, variants))
         for (index, row), dtype, variant in options:
             target = Target(arch, passname, dtype, head_dim, variant, row=index)
-            extras = make_call(target).extras(passname) > 0
-            number, length = arch_number(arch), target.seq
-            if configs.row_for(passname, target.torch_dtype, head_dim, length, number, extras) is row:
+            call = make_call(target)
+            asked = passname, target.torch_dtype, head_dim, target.seq, arch_number(arch)
+            if configs.row_for(*asked, call.extras(passname) > 0, call.knows_lengths) is row:
                 yield target
 
 

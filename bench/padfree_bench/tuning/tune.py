@@ -2,7 +2,7 @@
 
 On a GPU the candidates that `--screen` chose beforehand are held against fp64, then timed as CUDA graphs beside the
 current row, interleaved; one that wins by more than noise (its 80th percentile below the row's 20th) is accepted. Calls
-that are told their keys in another way than by the mask have answers of their own, which no row of the table can hold.
+that are told their keys in another way than by the mask have answers of their own.
 Without a GPU the same questions are answered by the cost model: a prediction, never accepted. A person edits the table.
 """
 
@@ -73,8 +73,9 @@ def offers(asked: list[Question], path: Path = CANDIDATES) -> dict[Question, lis
         found = [row for row in rows if (row["pass"], row["case"]) == (question.passname, question.case.id)]
         if not found:
             raise ValueError(f"{path} has none for {question}: python -m bench tune --screen --cases ...")
-        now, offered[question] = question.row.config, []
+        offered[question] = []
         for told in TOLD:
+            now = question.row(told).config
             rows_told = [row for row in found if row["told"] == told]
             current = [row for row in rows_told if row["config"] == now] or [{"config": now, "told": told}]
             offered[question] += [*current, *(row for row in rows_told if row["config"] != now)]
@@ -166,7 +167,7 @@ def decide_among(question: Question, rows: list[Found], on_gpu: bool) -> Found:
     best = min(usable, key=lambda row: row[figure], default=now)
     return {
         "pass": question.passname, "kind": question.key[1], "head_dim": question.key[2], "case": question.case.id,
-        "max_length": min(question.row.max_length, LONGEST), "told": now["told"], "config": best["config"],
+        "max_length": min(question.row(now["told"]).max_length, LONGEST), "told": now["told"], "config": best["config"],
         "current": now["config"], "best_us": best.get(figure), "current_us": now.get(figure),
         "accepted": on_gpu and best.get("p80_us", float("inf")) < now.get("p20_us", 0.0),
     }  # fmt: skip
@@ -175,14 +176,21 @@ def decide_among(question: Question, rows: list[Found], on_gpu: bool) -> Found:
 def apply_rows(path: Path) -> list[Found]:
     """Put the rows that a GPU run accepted first in this process's table, for sequences as short; returns them.
 
-    A row cannot ask how keys are told, so that only what was measured with the mask is one.
+    One that was measured with known lengths stands before those that serve a mask too.
     """
     try:
-        answers = json.loads(path.read_text())["answers"]
-        accepted = [a for a in answers if a["accepted"] and a.get("told", MASK) == MASK]
+        accepted = [answer for answer in json.loads(path.read_text())["answers"] if answer["accepted"]]
         for a in reversed(accepted):
-            row = Row(config_of(a["config"]), f"measured: {path.name}", a["max_length"], (ARCH,), plain=True)
-            configs.TABLE[a["pass"], a["kind"], a["head_dim"]].insert(0, row)
+            known, rows = a.get("told", MASK) != MASK, configs.TABLE[a["pass"], a["kind"], a["head_dim"]]
+            row = Row(
+                config_of(a["config"]),
+                f"measured: {path.name}",
+                a["max_length"],
+                (ARCH,),
+                plain=True,
+                known=known,
+            )
+            rows.insert(0 if known else [row.known for row in rows].index(False), row)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read tuned rows from {path}: {error}") from None
     configs.row_for.cache_clear()

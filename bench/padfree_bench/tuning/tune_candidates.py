@@ -53,12 +53,12 @@ def examine(item: Item) -> Found:
     return found | ({"refused": refused} if refused else {})
 
 
-def shortlist(current: Config, found: list[Found]) -> list[Found]:
+def shortlist(current: dict[str, Config], found: list[Found]) -> list[Found]:
     """For each way to tell keys the current configuration and the best others by prediction, MOST in all, with reasons."""
     kept: list[Found] = []
     for told in TOLD:
         rows = [row for row in found if row["told"] == told]
-        (now,) = (row for row in rows if row["config"] == current)
+        (now,) = (row for row in rows if row["config"] == current[told])
         now["reason"] = "; ".join(["current row", *filter(None, [now.pop("refused", None)])])
         depths = Counter[Config]()
         near = []
@@ -87,7 +87,8 @@ def screen(asked: list[Question], path: Path, jobs: int) -> None:
             found.append(named | outcome)
             if reason := outcome.get("refused"):
                 print(f"{question} {name_of(config)} {told}: {reason}", file=sys.stderr, flush=True)
-        rows += (kept := shortlist(question.row.config, found))
+        current = {told: question.row(told).config for told in TOLD}
+        rows += (kept := shortlist(current, found))
         write_lines(path, {"triton": triton.__version__, "arch": ARCH, "rows": rows})
         print(f"{question}: {len(kept)} of {len(found)} kept", flush=True)
 

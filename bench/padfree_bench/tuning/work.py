@@ -1,7 +1,7 @@
 """One pass over one case of the benchmark, launched alone, in every way that `python -m bench tune` knows to launch it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -24,12 +24,13 @@ PASSES = ("forward", "query_gradient", "key_gradient")
 # How a call is told which keys are real: the fields of Call that say it, each with the same result. The first is the table's.
 TOLD: dict[str, Callable[[Inputs], dict[str, Tensor]]] = {
     "mask": lambda inputs: {"padding": inputs.padding},
+    "lengths": lambda inputs: {"key_lengths": inputs.lengths.to(torch.int32)},
 }
 MASK = next(iter(TOLD))
 # (rows that a program owns, rows of a step that it walks in): wgmma wants 64 rows.
 TILES = ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (32, 64))
 # What is tried of Config's other fields.
-TRIED: dict[str, tuple[Any, ...]] = {"num_warps": (4, 8), "num_stages": (2, 3, 4)}
+TRIED: dict[str, tuple[Any, ...]] = {"num_warps": (4, 8), "num_stages": (2, 3, 4), "one_loop": (False, True)}
 
 # A pass, a case's name, a configuration and how keys are told: what a process can be sent, through JSON too.
 Item = tuple[str, str, Config, str]
@@ -67,22 +68,22 @@ class Question:
         """Where the table holds the pass's rows."""
         return self.passname, "half", configs.padded_head_dim(self.case.head_dim)
 
-    @property
-    def row(self) -> Row:
-        """The row that the table has for it today."""
-        return configs.row_for(self.passname, torch.bfloat16, self.case.head_dim, self.case.seq, ARCH)
+    def row(self, told: str = MASK) -> Row:
+        """The row that the table has for it today, where keys are told so: lengths are known but where a mask says them."""
+        asked = self.passname, torch.bfloat16, self.case.head_dim, self.case.seq, ARCH
+        return configs.row_for(*asked, known=told != MASK)
 
     def item(self, config: Config, told: str = MASK) -> Item:
         return self.passname, self.case.id, config, told
 
     def configs(self) -> list[Config]:
-        """The current row's first, then whatever the screening compiles beside it."""
+        """The current rows' first, then whatever the screening compiles beside them."""
         order = -1 if self.passname == "key_gradient" else 1
         others = (
             Config(*tile[::order], **dict(zip(TRIED, values, strict=True)))
             for tile, *values in product(TILES, *TRIED.values())
         )
-        return list(dict.fromkeys([self.row.config, *others]))
+        return list(dict.fromkeys([*(self.row(told).config for told in TOLD), *others]))
 
 
 class Work:
@@ -97,14 +98,17 @@ class Work:
             "scale": case.head_dim**-0.5, "dropout_p": 0.0, "left": OPEN, "right": OPEN, "skip_padded_queries": True,
         }  # fmt: skip
         self.calls = {name: Call(**(arguments | tell(inputs))) for name, tell in TOLD.items()}
-        self.out, self.lse2 = launch_forward(self.calls[MASK])
+        self.out, self.lse2, found = launch_forward(self.calls[MASK])
+        # A backward reads what the forward found in the mask.
+        self.backward_calls = self.calls | {MASK: replace(self.calls[MASK], spans=found)}
         self.delta = self.launch("query_gradient")["delta"]
 
     def launch(self, passname: str, config: Config | None = None, told: str = MASK) -> dict[str, Tensor]:
         """What one launch of the pass writes, into new memory as in a backward; without a config by the table's row."""
-        call, d_out = self.calls[told], self.inputs.d_out
+        call, d_out = self.backward_calls[told], self.inputs.d_out
         if passname == "forward":
-            return dict(zip(("out", "lse2"), launch_forward(call, config), strict=True))
+            out, lse2, _ = launch_forward(self.calls[told], config)
+            return {"out": out, "lse2": lse2}
         if passname == "query_gradient":
             dq, delta = call.empty_like(call.query), torch.empty_like(self.lse2)
             launch_query_gradient(call, self.out, self.lse2, d_out, None, delta, None, None, dq, config)

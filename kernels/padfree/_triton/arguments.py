@@ -28,7 +28,10 @@ class Window(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """B, H, M and N; for packed sequences M and N are the maximum lengths, and cu_q_ptr and cu_k_ptr hold [B + 1] int32 offsets."""
+    """B, H, M and N; for packed sequences M and N are the maximum lengths, and cu_q_ptr and cu_k_ptr hold [B + 1] int32 offsets.
+
+    key_lengths_ptr holds [B] int32: keys from there on are padding. Programs of `together` heads are launched side by side.
+    """
 
     sequences: Any
     heads: Any
@@ -36,19 +39,22 @@ class Sizes(NamedTuple):
     keys: Any
     cu_q_ptr: Any
     cu_k_ptr: Any
+    key_lengths_ptr: Any
+    together: Any
 
 
 class Inputs(NamedTuple):
     """One attention call: q [B,H,M,D], k and v [B,H_kv,N,D], padding [B,N] and attn_mask [B,H,M,N].
 
     padding and a bool attn_mask are stored as bytes, nonzero where a key is hidden; a float attn_mask is added to the scores.
-    `scale2` is scale * log2(e).
+    spans_ptr holds what `visible_keys` found in the padding before, [B,3] int32. `scale2` is scale * log2(e).
     """
 
     q: View
     k: View
     v: View
     padding: View
+    spans_ptr: Any
     attn_mask: View
     dropout: Dropout
     window: Window
@@ -61,8 +67,9 @@ class Tile(NamedTuple):
     """What a kernel is compiled for.
 
     BLOCK_M query rows and BLOCK_N keys are a tile; BLOCK_D is HEAD_DIM rounded up to a power of two. GROUP query heads
-    share a key head. SKIP_QUERIES leaves out rows at padded positions. PRECISION is that of tl.dot for fp32 operands
-    ("ieee" or "tf32"), and strides are multiples of ALIGN.
+    share a key head. SKIP_QUERIES leaves out rows at padded positions. ONE_LOOP walks all tiles in one pipelined loop
+    that masks every tile, instead of full tiles and an edge. PRECISION is that of tl.dot for fp32 operands ("ieee" or
+    "tf32"), and strides are multiples of ALIGN.
     """
 
     HEAD_DIM: int
@@ -71,5 +78,6 @@ class Tile(NamedTuple):
     BLOCK_N: int
     GROUP: int
     SKIP_QUERIES: bool
+    ONE_LOOP: bool
     PRECISION: str
     ALIGN: int

@@ -55,10 +55,10 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def score_gradient(rows, head, mask, inputs, n_first, TILE: tl.constexpr):
+def score_gradient(rows, head, mask, inputs, n_first, stop, TILE: tl.constexpr):
     """dS = P * (d_out @ vᵀ - delta), [BLOCK_M, BLOCK_N], of the rows against the tile of keys at n_first."""
     m, n = rows.m, n_first + tl.arange(0, TILE.BLOCK_N)
-    keep_n = load_keep_n(inputs.padding, head.padding_start, n, inputs.sizes.keys)
+    keep_n = load_keep_n(inputs.padding, head.padding_start, n, stop)
     k = load_tile(head.k, n_first, keep_n, TILE.BLOCK_N, TILE)
     v = load_tile(head.v, n_first, keep_n, TILE.BLOCK_N, TILE)
     keep = keep_n[None, :] & rows.live_m[:, None]
@@ -109,7 +109,7 @@ def attn_mask_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, d_mas
                 d_out_tile = load_tile(d_out_head, m_first, live_m, BLOCK_M, TILE)
                 rows = Rows(m, live_m, q, d_out_tile, row_lse2, delta, inverse)
                 for n_first in range(tile_n * BLOCK_N, n_stop, BLOCK_N):
-                    total += score_gradient(rows, head, mask, inputs, n_first, TILE)
+                    total += score_gradient(rows, head, mask, inputs, n_first, sequence.keys, TILE)
 
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from padfree._arguments import Packing, Window, split_qkv
+from padfree._arguments import Arguments, Window, split_qkv
 from padfree._triton.call import OPEN
 from padfree._triton.operators import TENSORS, ops
 
@@ -35,9 +35,10 @@ class KernelOptions(NamedTuple):
 def _forward_and_save(
     ctx: Any, inputs: tuple[Tensor | None, ...], tensors: tuple[Tensor | None, ...], scalars: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Run the forward on `tensors` and keep `inputs`, which are what gradients are owed to."""
-    out, lse2 = ops.forward(*tensors, *scalars)
-    ctx.save_for_backward(*inputs, out, lse2)
+    """Run the forward on `tensors` and keep `inputs`, which are what gradients are owed to; both end with the spans."""
+    out, lse2, found = ops.forward(*tensors, *scalars)
+    *inputs_but_spans, spans = inputs
+    ctx.save_for_backward(*inputs_but_spans, found if found.shape[0] else spans, out, lse2)
     ctx.scalars = scalars
     ctx.set_materialize_grads(False)
     return out, lse2
@@ -74,6 +75,8 @@ class Attention(torch.autograd.Function):
         seed: Tensor | None,
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
+        key_lengths: Tensor | None,
+        spans: Tensor | None,
         max_q: int,
         max_k: int,
         scale: float,
@@ -82,7 +85,9 @@ class Attention(torch.autograd.Function):
         right: int,
         skip_padded_queries: bool,
     ) -> tuple[Tensor, Tensor]:
-        tensors = query, key, value, padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k
+        tensors = (
+            query, key, value, padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k, key_lengths, spans,
+        )  # fmt: skip
         scalars = max_q, max_k, scale, dropout_p, left, right, skip_padded_queries
         return _forward_and_save(ctx, tensors, tensors, scalars)
 
@@ -93,8 +98,8 @@ class Attention(torch.autograd.Function):
         d_out = torch.zeros_like(out) if d_out is None else d_out
         mask_needs = ctx.needs_input_grad[4]
         dq, dk, dv, d_attn_mask = ops.backward(out, lse2, d_out, d_lse2, *tensors, *ctx.scalars, mask_needs)
-        # No gradient for the padding, nor for seed, cu_seqlens_q, cu_seqlens_k and the scalars.
-        return dq, dk, dv, None, d_attn_mask if mask_needs else None, *[None] * (3 + len(ctx.scalars))
+        # No gradient for the padding, nor for what stands behind attn_mask.
+        return dq, dk, dv, None, d_attn_mask if mask_needs else None, *[None] * (5 + len(ctx.scalars))
 
 
 class AttentionQKVPacked(torch.autograd.Function):
@@ -109,6 +114,8 @@ class AttentionQKVPacked(torch.autograd.Function):
         seed: Tensor | None,
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
+        key_lengths: Tensor | None,
+        spans: Tensor | None,
         max_q: int,
         max_k: int,
         scale: float,
@@ -117,7 +124,7 @@ class AttentionQKVPacked(torch.autograd.Function):
         right: int,
         skip_padded_queries: bool,
     ) -> tuple[Tensor, Tensor]:
-        shared = padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k
+        shared = padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k, key_lengths, spans
         scalars = max_q, max_k, scale, dropout_p, left, right, skip_padded_queries
         return _forward_and_save(ctx, (qkv, *shared), (*split_qkv(qkv), *shared), scalars)
 
@@ -127,8 +134,7 @@ class AttentionQKVPacked(torch.autograd.Function):
         *tensors, out, lse2 = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
         d_qkv = ops.backward_qkvpacked(out, lse2, d_out, d_lse2, *tensors, *ctx.scalars)
-        # No gradient for padding, attn_mask, seed, cu_seqlens_q, cu_seqlens_k and the scalars.
-        return d_qkv, *[None] * (5 + len(ctx.scalars))
+        return d_qkv, *[None] * (7 + len(ctx.scalars))
 
 
 def refuse_forward_mode(ctx: Any, *tangents: Any) -> NoReturn:
@@ -145,7 +151,9 @@ class FunctionalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*call: Any) -> tuple[Tensor, Tensor]:
-        return ops.forward(*call)
+        # What was found in the mask is not kept: it would be one more output for vmap, and the backward finds it too.
+        out, lse2, _ = ops.forward(*call)
+        return out, lse2
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -161,8 +169,8 @@ class FunctionalAttention(torch.autograd.Function):
         dq, dk, dv, d_attn_mask = FunctionalBackward.apply(
             out, lse2, d_out, d_lse2, *tensors, *ctx.scalars, mask_needs
         )
-        # No gradient for the padding, nor for seed, cu_seqlens_q, cu_seqlens_k and the scalars.
-        return dq, dk, dv, None, d_attn_mask if mask_needs else None, *[None] * (3 + len(ctx.scalars))
+        # No gradient for the padding, nor for what stands behind attn_mask.
+        return dq, dk, dv, None, d_attn_mask if mask_needs else None, *[None] * (5 + len(ctx.scalars))
 
 
 class FunctionalBackward(torch.autograd.Function):
@@ -184,16 +192,9 @@ class FunctionalBackward(torch.autograd.Function):
         refuse_second_derivative()
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: Tensor | None,
-    attn_mask: Tensor | None,
-    options: KernelOptions,
-    packing: Packing | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute checked arguments in the padded form: (out, lse2). The kernels want a positive scale."""
+def run(call: Arguments, options: KernelOptions) -> tuple[Tensor, Tensor]:
+    """Compute a checked call: (out, lse2). The kernels want a positive scale."""
+    query, key, value, padding, attn_mask, _, packing, key_lengths, spans = call
     if options.scale <= 0:
         query, options = (
             query * (-1.0 if options.scale else 0.0),
@@ -206,19 +207,22 @@ def run(
     seed = dropout_seed(query, options)
     transformed = torch._C._are_functorch_transforms_active()
     function: type[torch.autograd.Function] = FunctionalAttention if transformed else Attention
-    return function.apply(query, key, value, padding, attn_mask, seed, cu_q, cu_k, max_q, max_k, *options)
+    return function.apply(
+        query, key, value, padding, attn_mask, seed, cu_q, cu_k, key_lengths, spans, max_q, max_k, *options
+    )
 
 
-def run_qkvpacked(
-    qkv: Tensor, padding: Tensor | None, options: KernelOptions, packing: Packing | None
-) -> tuple[Tensor, Tensor]:
-    """Compute one checked qkv buffer: (out in the padded form, lse2)."""
+def run_qkvpacked(qkv: Tensor, call: Arguments, options: KernelOptions) -> tuple[Tensor, Tensor]:
+    """Compute a checked call on views of one qkv buffer: (out in the padded form, lse2)."""
     if options.scale <= 0 or torch._C._are_functorch_transforms_active():
-        return run(*split_qkv(qkv), padding, None, options, packing)
+        return run(call, options)
+    padding, packing, key_lengths = call.padding, call.packing, call.key_lengths
     cu_q, cu_k, max_q, max_k = packing or (None, None, qkv.shape[1], qkv.shape[1])
     cu_q, cu_k = distinct(cu_q, cu_k)
     seed = dropout_seed(qkv, options)
-    return AttentionQKVPacked.apply(qkv, padding, None, seed, cu_q, cu_k, max_q, max_k, *options)
+    return AttentionQKVPacked.apply(
+        qkv, padding, None, seed, cu_q, cu_k, key_lengths, None, max_q, max_k, *options
+    )
 
 
 def distinct(*tensors: Tensor | None) -> list[Any]:

@@ -17,6 +17,8 @@ from padfree._triton.configs import Config, choose, padded_head_dim
 OPEN = -1
 MAX_PROGRAMS = 2**31 - 1
 LOG2E = math.log2(math.e)
+# Bytes that heads launched side by side may share in the L2: a third of an H100's, and half of an A100's.
+L2_BYTES = 16 * 2**20
 
 
 @cache
@@ -36,6 +38,7 @@ class Call:
     """One attention call in the padded form; a packed one is B = 1 with cu_seqlens, its rows end to end.
 
     query [B,H,M,D]; key, value [B,H_kv,N,D]; padding [B,N] bool or None; attn_mask 4-D or None;
+    key_lengths [B] int32 or None; spans [B,3] int32, what a launch found in `padding` before, or None;
     seed [1] int64 or None (no dropout); max_q and max_k are M and N, or the longest packed sequence;
     left and right are a window's sides, OPEN where it has none. scale > 0.
     """
@@ -48,6 +51,8 @@ class Call:
     seed: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
+    key_lengths: Tensor | None
+    spans: Tensor | None
     max_q: int
     max_k: int
     scale: float
@@ -67,6 +72,15 @@ class Call:
     @property
     def kv_heads(self) -> int:
         return self.key.shape[1]
+
+    @property
+    def has_padding(self) -> bool:
+        return self.padding is not None or self.key_lengths is not None
+
+    @property
+    def knows_lengths(self) -> bool:
+        """Sequences may end before max_k, and no mask need be read to see where."""
+        return self.key_lengths is not None or self.cu_seqlens_k is not None
 
     @property
     def is_empty(self) -> bool:
@@ -96,7 +110,7 @@ class Call:
         query = self.query
         return choose(
             passname, query.dtype, query.shape[3], self.max_k, query.device,
-            extras=self.extras(passname), unaligned=self.unaligned,
+            extras=self.extras(passname), unaligned=self.unaligned, known=self.knows_lengths,
         )  # fmt: skip
 
     def _side(self, side: int) -> int | None:
@@ -112,6 +126,21 @@ class Call:
         """[B,H,M] fp32; -inf where packed, since rows may belong to no sequence."""
         lse2 = self.query.new_empty(self.query.shape[:3], dtype=torch.float32)
         return lse2 if self.cu_seqlens_q is None else lse2.fill_(-math.inf)
+
+    def empty_spans(self) -> Tensor | None:
+        """[B,3] int32 for what the forward finds in the padding mask; None where nothing is to be found."""
+        if self.padding is None or self.spans is not None:
+            return None
+        return self.query.new_empty((self.batch, 3), dtype=torch.int32)
+
+    @property
+    def heads_together(self) -> int:
+        """How many heads to launch side by side, so that what their programs share stays in the L2.
+
+        A power of two of at least 16, which Triton compiles for once.
+        """
+        bytes_a_head = 2 * max(self.max_q, self.max_k, 1) * self.query.shape[3] * self.query.element_size()
+        return 1 << (max(16, L2_BYTES // bytes_a_head).bit_length() - 1)
 
     def grid(self, rows: int, block: int, heads: int) -> tuple[int]:
         """One program per block of rows, sequence and head."""
@@ -138,15 +167,20 @@ class Call:
             full = self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2])
             attn_mask = View(_as_bytes(self.attn_mask), full.stride())
         cu_q, cu_k = _as_one_row(self.cu_seqlens_q), _as_one_row(self.cu_seqlens_k)
+        key_lengths = _as_one_row(self.key_lengths)
+        sizes = Sizes(
+            self.batch, self.heads, self.max_q, self.max_k, cu_q, cu_k, key_lengths, self.heads_together
+        )
         return Inputs(
             q=self.view(self.query),
             k=self.view(self.key),
             v=self.view(self.value),
             padding=padding,
+            spans_ptr=_as_one_row(self.spans),
             attn_mask=attn_mask,
             dropout=Dropout(self.seed, self.dropout_p),
             window=Window(self._side(self.left), self._side(self.right)),
-            sizes=Sizes(self.batch, self.heads, self.max_q, self.max_k, cu_q, cu_k),
+            sizes=sizes,
             scale=self.scale,
             scale2=self.scale * LOG2E,
         )
@@ -161,7 +195,8 @@ class Call:
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             GROUP=self.heads // self.kv_heads if self.kv_heads else 1,
-            SKIP_QUERIES=self.skip_padded_queries and self.padding is not None,
+            SKIP_QUERIES=self.skip_padded_queries and self.has_padding,
+            ONE_LOOP=config.one_loop and (self.padding is not None or self.knows_lengths),
             PRECISION=dot_precision(self.query.dtype),
             ALIGN=row_alignment(self.query, self.key, self.value, *others),
         )
@@ -176,9 +211,9 @@ def _as_bytes(mask: Tensor | None) -> Tensor | None:
     return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
 
-def _as_one_row(cu_seqlens: Tensor | None) -> Tensor | None:
-    """Contiguous: the entry point refuses others, but a saved-tensor hook may hand the backward any layout."""
-    return None if cu_seqlens is None else cu_seqlens.contiguous()
+def _as_one_row(lengths: Tensor | None) -> Tensor | None:
+    """Contiguous: kernels read such numbers one after the other, but a saved-tensor hook may hand the backward any layout."""
+    return None if lengths is None else lengths.contiguous()
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -18,22 +18,29 @@ GFX942 = 0x942
 
 
 class Config(NamedTuple):
-    """Tile of query rows x tile of keys, warps per program, depth of the load pipeline."""
+    """Tile of query rows x tile of keys, warps per program, depth of the load pipeline.
+
+    one_loop: where sequences have lengths of their own, all tiles are masked in one pipelined loop (`arguments.Tile`).
+    """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
+    one_loop: bool = False
 
 
 class Row(NamedTuple):
-    """A configuration, why, and the calls it is for: by length, by architecture, and with `plain` those without extras."""
+    """A configuration, why, and the calls it is for: by length and by architecture; `plain`: those without extras; `known`:
+    those whose lengths are known before the launch.
+    """
 
     config: Config
     why: str
     max_length: int = ANY
     arch: tuple[int, ...] = ()
     plain: bool = False
+    known: bool = False
 
 
 Key = tuple[str, str, int]
@@ -47,6 +54,7 @@ _CDNA = "a wider step spills there"
 _CDNA_FP32 = "4 warps may use 512 registers a lane there"
 _TWO_STATES = "it holds its own sum beside the scores and their gradient: half the rows"
 _H200 = "measured on an H200 (NOTES.md, 2026-11-27): a third stage hides more of the memory's latency, and of narrow tiles more fit"
+_IN_FLIGHT = "measured on an H200 (NOTES.md, 2026-11-27): the last tile is loaded while others are computed, and a fourth block fits"
 _LANES = "4096 elements of K a tile: 32 accumulators a thread"
 
 TABLE: dict[Key, list[Row]] = {
@@ -59,7 +67,11 @@ TABLE: dict[Key, list[Row]] = {
         ),
         Row(Config(64, 64, 4, 3), _SHORT),
     ],
-    ("forward", "half", 64): [Row(Config(64, 64, 4, 3), _SHORT, 1024), Row(Config(128, 64, 8, 3), _LONG)],
+    ("forward", "half", 64): [
+        Row(Config(64, 64, 4, 3, one_loop=True), _IN_FLIGHT, 1024, (90,), plain=True, known=True),
+        Row(Config(64, 64, 4, 3), _SHORT, 1024),
+        Row(Config(128, 64, 8, 3), _LONG),
+    ],
     ("forward", "half", 128): [
         Row(
             Config(64, 32, 4, 2),
@@ -228,7 +240,13 @@ WALKS = {
 
 @lru_cache(maxsize=1024)
 def row_for(
-    passname: str, dtype: torch.dtype, head_dim: int, length: int, arch: int, extras: bool = False
+    passname: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    length: int,
+    arch: int,
+    extras: bool = False,
+    known: bool = False,
 ) -> Row:
     """The first row of the table that admits the call; one with extras is never too long for a row, nor plain."""
     return next(
@@ -237,6 +255,7 @@ def row_for(
         if (extras or length <= row.max_length)
         and (not row.arch or arch in row.arch)
         and not (extras and row.plain)
+        and not (row.known and not known)
     )
 
 
@@ -249,10 +268,11 @@ def choose(
     *,
     extras: int = 0,
     unaligned: bool = False,
+    known: bool = False,
 ) -> Config:
     """The configuration of one call: that of its row, narrowed where it holds more than a tile of scores.
 
-    `length` is the padded (or maximal) number of keys. Each of the `extras` (attn_mask, dropout, a window at a wide head or
+    `length` is the padded (or maximal) number of keys; `known`: each sequence's own is known before the launch. Each of the `extras` (attn_mask, dropout, a window at a wide head or
     grouped heads, unaligned rows) holds registers beside a tile of scores. With any of them a pass of WALKS takes half
     the step along the side it walks, a quarter if rows are unaligned and something else is held, but at least 16. In half
     precision it takes one stage, because beside a pipeline ptxas serializes the matrix instructions of many such calls
@@ -260,7 +280,7 @@ def choose(
     extras or unaligned rows, take the registers of 8 warps, although those of a 64-row tile then compute everything twice:
     right and rare, not fast.
     """
-    config = row_for(passname, dtype, head_dim, length, architecture(device), extras > 0).config
+    config = row_for(passname, dtype, head_dim, length, architecture(device), extras > 0, known).config
     if not extras or passname not in WALKS:
         return config
     is_half = dtype_kind(dtype) == "half"

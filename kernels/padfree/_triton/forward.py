@@ -13,6 +13,7 @@ from padfree._triton.call import Call, on_device
 from padfree._triton.configs import Config
 from padfree._triton.scores import Softmax, dropout_keep, score_tile, softmax_step
 from padfree._triton.tiles import (
+    NOTHING,
     at_row,
     head_of,
     keys_of_rows,
@@ -22,6 +23,9 @@ from padfree._triton.tiles import (
     row_offset,
     sequence_of,
     store_tile,
+    store_visible,
+    visible_in_tile,
+    visible_keys,
     walk,
 )
 
@@ -35,14 +39,18 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def attend(state, rows, head, inputs, start, stop, MASKED: tl.constexpr, TILE: tl.constexpr):
-    """The softmax's state after the rows have seen the tile of keys at `start`; with MASKED some may be hidden."""
+def attend(state, rows, head, inputs, start, stop, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """The softmax's state after the rows have seen the tile of keys at `start`; HIDDEN says what may hide some of them."""
     n = start + tl.arange(0, TILE.BLOCK_N)
-    keep_n = load_keep_n(inputs.padding, head.padding_start, n, stop) if MASKED else None
+    keep_n = None if HIDDEN == NOTHING else visible_in_tile(inputs, head, n, stop, HIDDEN)
     k = load_tile(head.k, start, keep_n, TILE.BLOCK_N, TILE)
     scores, factor = score_tile(rows, k, head, inputs, n, keep_n, stop, TILE)
     probs, row_max, row_sum, rescale = softmax_step(
-        state, scores, factor, MASKED or inputs.attn_mask.ptr is not None, rows.q.dtype == tl.float32
+        state,
+        scores,
+        factor,
+        HIDDEN != NOTHING or inputs.attn_mask.ptr is not None,
+        rows.q.dtype == tl.float32,
     )
     # The sum is that of all weights: dropout leaves the softmax's denominator alone.
     if inputs.dropout.seed_ptr is not None:
@@ -54,12 +62,15 @@ def attend(state, rows, head, inputs, start, stop, MASKED: tl.constexpr, TILE: t
 
 
 @triton.jit
-def attention_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
-    """One tile of query rows against every key it may see; out [B,H,M,D], lse2 [B,H,M]."""
+def attention_forward_kernel(inputs, out, lse2, found_ptr, TILE: tl.constexpr):
+    """One tile of query rows against every key it may see; out [B,H,M,D], lse2 [B,H,M].
+
+    found_ptr, [B,3] int32 or None, takes what was found in the padding mask, for the backward's passes.
+    """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_D: tl.constexpr = TILE.BLOCK_D
     sizes = inputs.sizes
-    tile, b, h = owned_tile(sizes.queries, sizes.sequences, sizes.heads, BLOCK_M)
+    tile, b, h = owned_tile(sizes, sizes.queries, sizes.heads, BLOCK_M)
     sequence = sequence_of(sizes, b)
     head = head_of(inputs, sequence, h, TILE)
 
@@ -67,10 +78,11 @@ def attention_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
     m_last = tl.minimum(m_first + BLOCK_M, sequence.queries) - 1
     m = m_first + tl.arange(0, BLOCK_M)
     in_m = m < sequence.queries
-    live_m = (
-        load_keep_n(inputs.padding, head.padding_start, m, sequence.queries) if TILE.SKIP_QUERIES else in_m
-    )
-    span = keys_of_rows(inputs, sequence, head, m_first, m_last, TILE)
+    live_m = load_keep_n(inputs.padding, head.padding_start, m, sequence.keys) if TILE.SKIP_QUERIES else in_m
+    visible = visible_keys(inputs, sequence)
+    if found_ptr is not None:
+        store_visible(found_ptr, b, visible, (tile == 0) & (h == 0))
+    span = keys_of_rows(inputs, sequence, visible, m_first, m_last, TILE)
 
     q = load_tile(at_row(inputs.q, b, h, sequence.q_start, TILE), m_first, live_m, BLOCK_M, TILE)
     state = Softmax(
@@ -79,7 +91,9 @@ def attention_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
         tl.zeros((BLOCK_M,), tl.float32),
     )
     HAS_LEFT_EDGE: tl.constexpr = inputs.window.left is not None
-    state = walk(attend, state, Rows(m, live_m, q), head, inputs, span, HAS_LEFT_EDGE, TILE.BLOCK_N, TILE)
+    HAS_MASK: tl.constexpr = inputs.padding.ptr is not None
+    rows = Rows(m, live_m, q)
+    state = walk(attend, state, rows, head, inputs, span, HAS_LEFT_EDGE, HAS_MASK, TILE.BLOCK_N, TILE)
 
     # NaN in a row's scores leaves it without a maximum, but not without a sum: it must come out NaN, not 0.
     live_m = live_m & (state.row_sum != 0.0)
@@ -95,14 +109,18 @@ def attention_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
     tl.store(lse2.ptr + row_offset(lse2, sequence, h) + m, row_lse2, mask=in_m)
 
 
-def launch_forward(call: Call, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """(out like query, lse2 [B,H,M] fp32) in one launch."""
-    out, lse2 = call.empty_like(call.query), call.empty_lse2()
+def launch_forward(call: Call, config: Config | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out like query, lse2 [B,H,M] fp32, what was found in the mask [B,3] int32 or None) in one launch."""
+    out, lse2, found = call.empty_like(call.query), call.empty_lse2(), call.empty_spans()
     if call.is_empty:
-        return out, lse2
+        return out, lse2, found
     config = config or call.config("forward")
     with on_device(call.query):
         attention_forward_kernel[call.grid(call.max_q, config.block_m, call.heads)](
-            inputs=call.inputs, out=call.view(out), lse2=call.view(lse2), **call.options(config, out)
+            inputs=call.inputs,
+            out=call.view(out),
+            lse2=call.view(lse2),
+            found_ptr=found,
+            **call.options(config, out),
         )
-    return out, lse2
+    return out, lse2, found

@@ -26,6 +26,7 @@ from padfree._triton.scores import (
     scale_add,
 )
 from padfree._triton.tiles import (
+    NOTHING,
     at_row,
     load_keep_n,
     load_lse2,
@@ -35,8 +36,8 @@ from padfree._triton.tiles import (
     row_offset,
     sequence_of,
     store_tile,
+    visible_keys,
     visible_range,
-    visible_span,
     walk,
 )
 
@@ -70,13 +71,14 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def accumulate_dkv(grads, keys, head, inputs, start, stop, MASKED: tl.constexpr, TILE: tl.constexpr):
+def accumulate_dkv(grads, keys, head, inputs, start, stop, HIDDEN: tl.constexpr, TILE: tl.constexpr):
     """dv += Pᵀ @ d_out, dk += dSᵀ @ q over the tile of query rows at `start`, scores held as [keys, rows].
 
     A padded key touches only its own row of dk and dv, so padding needs no mask here: those rows are cleared once at the
-    end. Without MASKED every row exists. It may still see no key where padding fills this whole tile of keys; then its
+    end. Where NOTHING is hidden every row exists. It may still see no key where padding fills this whole tile of keys; then its
     weights are infinite, and the clearing discards what they gave.
     """
+    MASKED: tl.constexpr = HIDDEN != NOTHING
     n, in_n, window = keys.n, keys.in_n, inputs.window
     m = start + tl.arange(0, TILE.BLOCK_M)
     if MASKED:
@@ -124,23 +126,24 @@ def key_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, dk, dv, TIL
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_D: tl.constexpr = TILE.BLOCK_D
     sizes = inputs.sizes
-    tile, b, kv_h = owned_tile(sizes.keys, sizes.sequences, sizes.heads // TILE.GROUP, BLOCK_N)
+    tile, b, kv_h = owned_tile(sizes, sizes.keys, sizes.heads // TILE.GROUP, BLOCK_N)
     sequence = sequence_of(sizes, b)
-    padding_start = b * inputs.padding.strides[0]
 
-    first, stop, holes = visible_span(inputs.padding, padding_start, sequence.keys)
+    first, stop, holes = visible_keys(inputs, sequence)
     n_first = tile * BLOCK_N
     n_last = tl.minimum(n_first + BLOCK_N, sequence.keys) - 1
     n = n_first + tl.arange(0, BLOCK_N)
     in_n = n < sequence.keys
-    keep_n = load_keep_n(inputs.padding, padding_start, n, sequence.keys)
+    keep_n = load_keep_n(inputs.padding, b * inputs.padding.strides[0], n, sequence.keys)
     row_first, row_stop, ragged = first * 0, sequence.queries, inputs.attn_mask.ptr is not None
     if TILE.SKIP_QUERIES:
         row_first, row_stop, ragged = first, stop, ragged | holes
+    if TILE.ONE_LOOP:
+        ragged = False
     row_stop = tl.where((n_first >= stop) | (n_last < first), row_first, row_stop)
     window = inputs.window
     span = visible_range(
-        n_first, n_last, row_first, row_stop, ragged, window.right, window.left, TILE.BLOCK_M
+        n_first, n_last, row_first, row_stop, ragged, window.right, window.left, TILE.BLOCK_M, TILE
     )
 
     k = load_tile(at_row(inputs.k, b, kv_h, sequence.k_start, TILE), n_first, keep_n, BLOCK_N, TILE)
@@ -163,9 +166,12 @@ def key_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, dk, dv, TIL
             mask_offset(inputs, b, h),
             dropout_stream(inputs, b, h),
         )
-        grads = walk(accumulate_dkv, grads, keys, head, inputs, span, HAS_LEADING_EDGE, TILE.BLOCK_M, TILE)
+        grads = walk(
+            accumulate_dkv, grads, keys, head, inputs, span, HAS_LEADING_EDGE, False, TILE.BLOCK_M, TILE
+        )
     dk_tile = tl.where(keep_n[:, None], grads.dk * inputs.scale, 0.0)
     dv_tile = tl.where(keep_n[:, None], grads.dv, 0.0)
+    in_n = n < sequence.key_rows
     store_tile(at_row(dk, b, kv_h, sequence.k_start, TILE), dk_tile, n_first, in_n, BLOCK_N, TILE)
     store_tile(at_row(dv, b, kv_h, sequence.k_start, TILE), dv_tile, n_first, in_n, BLOCK_N, TILE)
 

@@ -17,14 +17,17 @@ from padfree._triton.single_query import launch_single_query_forward
 
 SHARED_SCHEMA = (
     "Tensor? padding, Tensor? attn_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? key_lengths, Tensor? spans, "
     "SymInt max_q, SymInt max_k, float scale, float dropout_p, int left, int right, bool skip_padded_queries"
 )
-# How many of the operator's arguments are tensors, which come first: query to cu_seqlens_k.
-TENSORS = 8
+# How many of the operator's arguments are tensors, which come first: query to spans.
+TENSORS = 10
 BACKWARD_SCHEMA = "Tensor out, Tensor lse2, Tensor d_out, Tensor? d_lse2"
 
 library = torch.library.Library("padfree", "DEF")
-library.define(f"forward(Tensor query, Tensor key, Tensor value, {SHARED_SCHEMA}) -> (Tensor, Tensor)")
+library.define(
+    f"forward(Tensor query, Tensor key, Tensor value, {SHARED_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
 library.define(
     f"backward({BACKWARD_SCHEMA}, Tensor query, Tensor key, Tensor value, {SHARED_SCHEMA}, bool attn_mask_gradient)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -32,10 +35,16 @@ library.define(
 library.define(f"backward_qkvpacked({BACKWARD_SCHEMA}, Tensor qkv, {SHARED_SCHEMA}) -> Tensor")
 
 
-def _forward(*call: Any) -> tuple[Tensor, Tensor]:
+def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse2, and what was found in the padding mask ([B,3] int32, or empty), to be given as `spans` to the backward."""
     described = Call(*call)
     launch = launch_single_query_forward if described.max_q == 1 else launch_forward
-    return launch(described)
+    out, lse2, found = launch(described)
+    return out, lse2, _no_spans(out) if found is None else found
+
+
+def _no_spans(like: Tensor) -> Tensor:
+    return like.new_empty((0, 3), dtype=torch.int32)
 
 
 def _backward(
@@ -58,8 +67,12 @@ def _backward_qkvpacked(
     return d_qkv
 
 
-def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return heads_last(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    padding, spans = rest[2], rest[TENSORS - 2]
+    found = _no_spans(query)
+    if padding is not None and spans is None:
+        found = found.new_empty((query.shape[0], 3))
+    return heads_last(query), query.new_empty(query.shape[:3], dtype=torch.float32), found
 
 
 def _backward_fake(

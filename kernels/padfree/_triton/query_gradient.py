@@ -14,17 +14,19 @@ from padfree._triton.call import Call
 from padfree._triton.configs import Config
 from padfree._triton.scores import drop, dropout_keep, refine, scale_add, score_tile
 from padfree._triton.tiles import (
+    NOTHING,
     at_row,
     head_of,
     keys_of_rows,
     load_d_lse,
-    load_keep_n,
     load_lse2,
     load_tile,
     owned_tile,
     row_offset,
     sequence_of,
     store_tile,
+    visible_in_tile,
+    visible_keys,
     walk,
 )
 
@@ -52,10 +54,10 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def accumulate_dq(sums, rows, head, inputs, start, stop, MASKED: tl.constexpr, TILE: tl.constexpr):
+def accumulate_dq(sums, rows, head, inputs, start, stop, HIDDEN: tl.constexpr, TILE: tl.constexpr):
     """dq += dS @ k over the tile of keys at `start`, with dS = P * (d_out @ vᵀ - delta)."""
     n = start + tl.arange(0, TILE.BLOCK_N)
-    keep_n = load_keep_n(inputs.padding, head.padding_start, n, stop) if MASKED else None
+    keep_n = None if HIDDEN == NOTHING else visible_in_tile(inputs, head, n, stop, HIDDEN)
     v = load_tile(head.v, start, keep_n, TILE.BLOCK_N, TILE)
     k = load_tile(head.k, start, keep_n, TILE.BLOCK_N, TILE)
     scores, factor = score_tile(rows, k, head, inputs, n, keep_n, stop, TILE)
@@ -90,7 +92,7 @@ def query_gradient_kernel(
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_D: tl.constexpr = TILE.BLOCK_D
     sizes = inputs.sizes
-    tile, b, h = owned_tile(sizes.queries, sizes.sequences, sizes.heads, BLOCK_M)
+    tile, b, h = owned_tile(sizes, sizes.queries, sizes.heads, BLOCK_M)
     sequence = sequence_of(sizes, b)
     head = head_of(inputs, sequence, h, TILE)
 
@@ -98,7 +100,7 @@ def query_gradient_kernel(
     m_last = tl.minimum(m_first + BLOCK_M, sequence.queries) - 1
     m = m_first + tl.arange(0, BLOCK_M)
     in_m = m < sequence.queries
-    span = keys_of_rows(inputs, sequence, head, m_first, m_last, TILE)
+    span = keys_of_rows(inputs, sequence, visible_keys(inputs, sequence), m_first, m_last, TILE)
 
     first_row = row_offset(lse2, sequence, h)
     row_lse2, live_m = load_lse2(lse2.ptr + first_row, m, in_m)
@@ -118,7 +120,8 @@ def query_gradient_kernel(
     )
     rows = Rows(m, live_m, q, d_out_tile, row_lse2, delta, inverse_ptr, corrected_delta_ptr)
     HAS_LEFT_EDGE: tl.constexpr = inputs.window.left is not None
-    sums = walk(accumulate_dq, sums, rows, head, inputs, span, HAS_LEFT_EDGE, TILE.BLOCK_N, TILE)
+    HAS_MASK: tl.constexpr = inputs.padding.ptr is not None
+    sums = walk(accumulate_dq, sums, rows, head, inputs, span, HAS_LEFT_EDGE, HAS_MASK, TILE.BLOCK_N, TILE)
     result = sums.dq
     if ROW_SUMS:
         inverse, drift = refine(sums.probs, sums.d_scores, d_lse, live_m)

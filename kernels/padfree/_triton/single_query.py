@@ -32,7 +32,8 @@ from padfree._triton.tiles import (
     row_offset,
     sequence_of,
     store_tile,
-    visible_span,
+    store_visible,
+    visible_keys,
 )
 
 
@@ -72,7 +73,7 @@ def key_scores(q, head, inputs, sequence, start, TILE: tl.constexpr):
 
 
 @triton.jit
-def single_query_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
+def single_query_forward_kernel(inputs, out, lse2, found_ptr, TILE: tl.constexpr):
     """out and lse2 of one head's only query; arguments as in `attention_forward_kernel`, with M = 1."""
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_D: tl.constexpr = TILE.BLOCK_D
@@ -85,8 +86,10 @@ def single_query_forward_kernel(inputs, out, lse2, TILE: tl.constexpr):
     lane_sum = tl.zeros((BLOCK_N, 1), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # From the first visible key on, so that padding on the left has the lanes of padding on the right.
-    first, stop, _has_holes = visible_span(inputs.padding, head.padding_start, sequence.keys)
-    for start in range(first, stop, BLOCK_N):
+    visible = visible_keys(inputs, sequence)
+    if found_ptr is not None:
+        store_visible(found_ptr, b, visible, h == 0)
+    for start in range(visible.first, visible.stop, BLOCK_N):
         scores2, _k, keep_n = key_scores(q, head, inputs, sequence, start, TILE)
         new_max2 = tl.maximum(lane_max2, scores2)
         shift = tl.where(new_max2 == float("-inf"), 0.0, new_max2)
@@ -165,29 +168,33 @@ def single_query_backward_kernel(
 
     dq_lanes = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dk, dv = at_row(dk, b, h, sequence.k_start, TILE), at_row(dv, b, h, sequence.k_start, TILE)
-    for start in range(0, sequence.keys, BLOCK_N):
+    for start in range(0, sequence.key_rows, BLOCK_N):
         probs, dropped, d_probs, keys = recompute_weights(query, head, inputs, sequence, start, TILE)
         d_scores = probs * inverse[None, :] * (d_probs - delta[None, :])
         dq_lanes += d_scores * keys
         dk_tile, dv_tile = d_scores * query.q * inputs.scale, dropped * inverse[None, :] * query.d_out
-        in_n = start + tl.arange(0, BLOCK_N) < sequence.keys
+        in_n = start + tl.arange(0, BLOCK_N) < sequence.key_rows
         store_tile(dk, dk_tile, start, in_n, BLOCK_N, TILE)
         store_tile(dv, dv_tile, start, in_n, BLOCK_N, TILE)
     dq_row = (tl.sum(dq_lanes, 0) * inputs.scale)[None, :]
     store_tile(at_row(dq, b, h, q_start, TILE), dq_row, 0, in_m, 1, TILE)
 
 
-def launch_single_query_forward(call: Call) -> tuple[Tensor, Tensor]:
-    """(out like query, lse2) of a call with max_q = 1."""
-    out, lse2 = call.empty_like(call.query), call.empty_lse2()
+def launch_single_query_forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`launch_forward` of a call with max_q = 1."""
+    out, lse2, found = call.empty_like(call.query), call.empty_lse2(), call.empty_spans()
     if call.is_empty:
-        return out, lse2
+        return out, lse2, found
     config = call.config("single_query")
     with on_device(call.query):
         single_query_forward_kernel[call.grid(1, 1, call.heads)](
-            inputs=call.inputs, out=call.view(out), lse2=call.view(lse2), **call.options(config, out)
+            inputs=call.inputs,
+            out=call.view(out),
+            lse2=call.view(lse2),
+            found_ptr=found,
+            **call.options(config, out),
         )
-    return out, lse2
+    return out, lse2, found
 
 
 def launch_single_query_backward(

@@ -13,16 +13,22 @@ from padfree._triton.arguments import View
 from padfree._triton.scores import LOG2E, dropout_stream
 
 SCAN_BLOCK = tl.constexpr(512)
+# What may hide a key of a tile: nothing, the end of the sequence, or any byte of the padding mask.
+NOTHING, END, ANYTHING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 class Sequence(NamedTuple):
-    """Sequence b: its first query row and key in memory, and how many it has."""
+    """Sequence b: its first query row and key in memory, and how many there are.
+
+    `keys` of the `key_rows` in memory may be visible; the others lie beyond the length that the caller gave.
+    """
 
     b: Any
     q_start: Any
     queries: Any
     k_start: Any
     keys: Any
+    key_rows: Any
 
 
 class Head(NamedTuple):
@@ -36,6 +42,14 @@ class Head(NamedTuple):
     padding_start: Any
     mask_start: Any
     stream: Any
+
+
+class Visible(NamedTuple):
+    """Keys outside [first, stop) are padding; `holes`: some inside are padding too."""
+
+    first: Any
+    stop: Any
+    holes: Any
 
 
 class Span(NamedTuple):
@@ -55,22 +69,29 @@ class Span(NamedTuple):
 
 
 @triton.jit
-def owned_tile(length, sequences, heads, BLOCK: tl.constexpr):
-    """(tile, sequence, head) of this program, the tiles with the highest rows first.
+def owned_tile(sizes, length, heads, BLOCK: tl.constexpr):
+    """(tile, sequence, head) of this program.
 
-    Only long sequences have such tiles, so long work starts first without a sort.
+    The tiles of some heads come before those of the next, so that what they share stays in the L2; among them those with
+    the highest rows come first. Only long sequences have such tiles, so long work starts first without a sort.
     """
-    tile = tl.cdiv(length, BLOCK) - 1 - tl.program_id(0) // (sequences * heads)
-    bh = tl.program_id(0) % (sequences * heads)
-    return tile, (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    tiles = tl.cdiv(length, BLOCK)
+    group_first = tl.program_id(0) // (tiles * sizes.together) * sizes.together
+    group = tl.minimum(sizes.sequences * heads - group_first, sizes.together)
+    place = tl.program_id(0) - group_first * tiles
+    bh = group_first + place % group
+    return tiles - 1 - place // group, (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
 
 
 @triton.jit
 def sequence_of(sizes, b):
     """Sequence b of the call."""
     q_start, queries = sequence_rows(sizes.cu_q_ptr, b, sizes.queries)
-    k_start, keys = sequence_rows(sizes.cu_k_ptr, b, sizes.keys)
-    return Sequence(b, q_start, queries, k_start, keys)
+    k_start, key_rows = sequence_rows(sizes.cu_k_ptr, b, sizes.keys)
+    keys = key_rows
+    if sizes.key_lengths_ptr is not None:
+        keys = tl.minimum(tl.maximum(tl.load(sizes.key_lengths_ptr + b), 0), key_rows)
+    return Sequence(b, q_start, queries, k_start, keys, key_rows)
 
 
 @triton.jit
@@ -136,34 +157,59 @@ def load_keep_n(padding, padding_start, n, stop):
 
 
 @triton.jit
-def visible_span(padding, padding_start, num_keys):
-    """(first, stop, holes): keys outside [first, stop) are padding; `holes`: some inside are padding too."""
-    first, stop, holes = num_keys * 0, num_keys, num_keys < 0
-    if padding.ptr is not None:
-        stops, visible = tl.zeros((SCAN_BLOCK,), tl.int32), tl.zeros((SCAN_BLOCK,), tl.int32)
-        for start in range(0, num_keys, SCAN_BLOCK):
-            n = start + tl.arange(0, SCAN_BLOCK)
-            keep_n = load_keep_n(padding, padding_start, n, num_keys)
-            stops = tl.where(keep_n, n + 1, stops)
-            visible += keep_n.to(tl.int32)
-        stop, count = tl.max(stops, 0), tl.sum(visible, 0)
-        # Right padding has no gap before `stop` and is done; the rest look for their first key.
-        if count < stop:
-            firsts = tl.full((SCAN_BLOCK,), 0, tl.int32) + stop
-            for start in range(0, stop, SCAN_BLOCK):
-                n = start + tl.arange(0, SCAN_BLOCK)
-                firsts = tl.where(load_keep_n(padding, padding_start, n, stop), tl.minimum(firsts, n), firsts)
-            first = tl.min(firsts, 0)
-        holes = count < stop - first
-    return first, stop, holes
+def visible_in_tile(inputs, head, n, stop, HIDDEN: tl.constexpr):
+    """[BLOCK] bool: which keys n of a tile are visible, where HIDDEN says that not all are."""
+    if HIDDEN == END:
+        return n < stop
+    else:
+        return load_keep_n(inputs.padding, head.padding_start, n, stop)
 
 
 @triton.jit
-def keys_of_rows(inputs, sequence, head, m_first, m_last, TILE: tl.constexpr):
+def visible_keys(inputs, sequence):
+    """What the sequence's padding leaves Visible: known beforehand, or found in the mask."""
+    if inputs.padding.ptr is None:
+        return Visible(sequence.keys * 0, sequence.keys, sequence.keys < 0)
+    elif inputs.spans_ptr is None:
+        return find_visible(inputs.padding, sequence.b * inputs.padding.strides[0], sequence.keys)
+    else:
+        span = inputs.spans_ptr + sequence.b * 3
+        # The caller may have made them: no key is read that is not there.
+        first, stop = tl.maximum(tl.load(span), 0), tl.minimum(tl.load(span + 1), sequence.keys)
+        return Visible(first, stop, tl.load(span + 2) != 0)
+
+
+@triton.jit
+def find_visible(padding, padding_start, num_keys):
+    """What a row of the padding mask leaves Visible."""
+    stops, backs = tl.zeros((SCAN_BLOCK,), tl.int32), tl.zeros((SCAN_BLOCK,), tl.int32)
+    counts = tl.zeros((SCAN_BLOCK,), tl.int32)
+    for start in range(0, num_keys, SCAN_BLOCK):
+        n = start + tl.arange(0, SCAN_BLOCK)
+        keep_n = load_keep_n(padding, padding_start, n, num_keys)
+        stops = tl.where(keep_n, n + 1, stops)
+        backs = tl.where(keep_n, tl.maximum(backs, num_keys - n), backs)
+        counts += keep_n.to(tl.int32)
+    stop, back, count = tl.max(stops, 0), tl.max(backs, 0), tl.sum(counts, 0)
+    first = tl.where(count > 0, num_keys - back, 0)
+    return Visible(first, stop, count < stop - first)
+
+
+@triton.jit
+def store_visible(spans_ptr, b, visible, chosen):
+    """Keep what a program found in the mask for the passes that follow: `chosen` is one program of each sequence."""
+    span = spans_ptr + b * 3
+    tl.store(span, visible.first, mask=chosen)
+    tl.store(span + 1, visible.stop, mask=chosen)
+    tl.store(span + 2, visible.holes.to(tl.int32), mask=chosen)
+
+
+@triton.jit
+def keys_of_rows(inputs, sequence, visible, m_first, m_last, TILE: tl.constexpr):
     """The Span of keys that rows m_first..m_last see: one edge alone where padding leaves holes between visible keys."""
     window = inputs.window
-    first, stop, holes = visible_span(inputs.padding, head.padding_start, sequence.keys)
-    span = visible_range(m_first, m_last, first, stop, holes, window.left, window.right, TILE.BLOCK_N)
+    first, stop, holes = visible
+    span = visible_range(m_first, m_last, first, stop, holes, window.left, window.right, TILE.BLOCK_N, TILE)
     # A packed sequence may be shorter than the grid; rows that are padding may be skipped.
     real = m_first <= m_last
     if TILE.SKIP_QUERIES:
@@ -173,11 +219,13 @@ def keys_of_rows(inputs, sequence, head, m_first, m_last, TILE: tl.constexpr):
 
 
 @triton.jit
-def visible_range(own_first, own_last, first, stop, ragged, before, after, BLOCK: tl.constexpr):
+def visible_range(
+    own_first, own_last, first, stop, ragged, before, after, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
     """The Span of [first, stop), in tiles of BLOCK, that positions own_first..own_last see; i sees i - before .. i + after.
 
-    Each of own_first..own_last sees all of [full_lo, full_hi), which is empty if the range is `ragged`. Tiles start at
-    `first`, so that a sequence padded on the left is cut into the same tiles as when it is padded on the right. It serves
+    Each of own_first..own_last sees all of [full_lo, full_hi), which is empty if the range is `ragged`; in ONE_LOOP these
+    are all tiles, and each of them masks what its rows do not see. Tiles start at `first`, so that a sequence padded on the left is cut into the same tiles as when it is padded on the right. It serves
     the keys of a tile of rows and, with the window's sides swapped, the rows of a tile of keys.
     """
     lo, full_lo, full_stop, hi = first, first, stop, stop
@@ -188,28 +236,32 @@ def visible_range(own_first, own_last, first, stop, ragged, before, after, BLOCK
         hi = tl.minimum(stop, own_last + after + 1)
         full_stop = tl.minimum(stop, own_first + after + 1)
     full_hi = first + tl.maximum(full_stop - first, 0) // BLOCK * BLOCK
-    none_full = ragged | (full_hi <= full_lo)
     hi = tl.maximum(hi, lo)
+    if TILE.ONE_LOOP:
+        full_lo, full_hi = lo, hi
+    none_full = ragged | (full_hi <= full_lo)
     return Span(lo, tl.where(none_full, lo, full_lo), tl.where(none_full, lo, full_hi), hi, hi)
 
 
 @triton.jit
 def walk(
     step: tl.constexpr, state, own, head, inputs, span,
-    LEADING_EDGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    LEADING_EDGE: tl.constexpr, LAST_EDGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """`state` after `step` has met every tile of the span: masked at the edges, unmasked and pipelined between them.
 
     `own` holds the program's own rows or keys and `head` what it walks over. Only a window leaves an edge before the full
-    tiles.
+    tiles. In ONE_LOOP the last edge is walked where padding leaves holes, since the pipelined loop reads no mask.
     """
-    if LEADING_EDGE:
+    IN_FULL_TILES: tl.constexpr = END if TILE.ONE_LOOP else NOTHING
+    if LEADING_EDGE and not TILE.ONE_LOOP:
         for start in tl.range(span.lo, span.full_lo, BLOCK, num_stages=1):
-            state = step(state, own, head, inputs, start, span.stop, True, TILE)
+            state = step(state, own, head, inputs, start, span.stop, ANYTHING, TILE)
     for start in tl.range(span.full_lo, span.full_hi, BLOCK):
-        state = step(state, own, head, inputs, start, span.stop, False, TILE)
-    for start in tl.range(span.full_hi, span.hi, BLOCK, num_stages=1):
-        state = step(state, own, head, inputs, start, span.stop, True, TILE)
+        state = step(state, own, head, inputs, start, span.stop, IN_FULL_TILES, TILE)
+    if LAST_EDGE or not TILE.ONE_LOOP:
+        for start in tl.range(span.full_hi, span.hi, BLOCK, num_stages=1):
+            state = step(state, own, head, inputs, start, span.stop, ANYTHING, TILE)
     return state
 
 

@@ -1,16 +1,52 @@
 """What a layer sees: the masks that sdpa and eager read, sliding windows, and sequences packed end to end in one row."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import padfree
 from padfree._arguments import Packing
 from padfree.integrations._models import WINDOWED_MODEL_TYPES
 from padfree.reference import in_window
 
 # As `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them.
 PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+# Where a mask that `for_one_forward` made carries its Padding.
+FOUND = "padfree_padding"
+
+
+class Padding(NamedTuple):
+    """What `padfree.attention` wants to know of a mask: its key_padding_mask and key_spans."""
+
+    mask: Tensor
+    spans: Tensor | None
+
+
+def for_one_forward(attention_mask: Tensor | None) -> Tensor | None:
+    """The same mask as a tensor of its own, on which the layers of this forward leave what the first has found out.
+
+    Of its own, because a caller may write other numbers into the same tensor for the next forward, or replay a graph.
+    """
+    if attention_mask is None or attention_mask.ndim != 2 or torch.compiler.is_compiling():
+        return attention_mask
+    mask = attention_mask.view_as(attention_mask)
+    setattr(mask, FOUND, None)
+    return mask
+
+
+def padding_of(mask: Tensor, to_key_padding_mask: Callable[[Tensor], Tensor]) -> Padding:
+    """The padding in a [B, N] mask: worked out once where `for_one_forward` made it, else in every layer anew."""
+    if not hasattr(mask, FOUND):
+        return Padding(to_key_padding_mask(mask), None)
+    found: Padding | None = getattr(mask, FOUND)
+    if found is None:
+        padding = to_key_padding_mask(mask)
+        found = Padding(padding, padfree.key_spans(padding))
+        setattr(mask, FOUND, found)
+    return found
 
 
 def window_of(module: nn.Module, mask: Tensor | None, sliding_window: int | None) -> tuple[int, int] | None:

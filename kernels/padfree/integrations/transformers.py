@@ -123,7 +123,7 @@ def attention_mask_for(
     plain = mask_function is bidirectional_mask_function and not written_out
     plain = plain and _models.takes_plain_masks(type(config)) or _masks.is_window_of_layer(config, kwargs)
     if plain and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0:
-        return attention_mask
+        return _masks.for_one_forward(attention_mask)
     build = sdpa_mask if _models.reads_bool_masks(type(config)) else eager_mask
     return build(**kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
@@ -271,10 +271,10 @@ def _attend_by_padfree(
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         packed: Any = padfree.attention_varlen(query, key, value, *call.packing, **options)
         return packed[None], None
-    padding, bias = _padding_and_bias(call.mask, call.position_bias, query.dtype)
+    (padding, spans), bias = _padding_and_bias(call.mask, call.position_bias, query.dtype)
     skip = skip_padded_queries and not _models.has_decoder(call.module) and query.shape[2] == key.shape[2]
     options |= {"attn_mask": bias, "skip_padded_queries": skip, "return_lse": True}
-    out, lse = padfree.attention(query, key, value, padding, **options)
+    out, lse = padfree.attention(query, key, value, padding, key_spans=spans, **options)
     weights = None
     if call.output_attentions:
         weights = padfree.attention_weights(query, key, lse, padding, scale=scale).to(out.dtype)
@@ -283,13 +283,13 @@ def _attend_by_padfree(
 
 def _padding_and_bias(
     mask: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask as padding where it is one, else as what is added to the scores."""
+) -> tuple[tuple[Tensor | None, Tensor | None], Tensor | None]:
+    """The mask as (padding, its spans) where it is padding, else as what is added to the scores."""
     if mask is None:
-        return None, position_bias
+        return (None, None), position_bias
     if mask.ndim == 2:
-        return to_key_padding_mask(mask), position_bias
+        return _masks.padding_of(mask, to_key_padding_mask), position_bias
     if not mask.is_floating_point():
-        return to_key_padding_mask(mask[:, 0, 0]), position_bias
+        return (to_key_padding_mask(mask[:, 0, 0]), None), position_bias
     mask = mask.to(dtype)
-    return None, mask if position_bias is None else position_bias + mask
+    return (None, None), mask if position_bias is None else position_bias + mask
