@@ -98,7 +98,10 @@ def screened(*tile: int, us: float, told: str = MASK, **more: object) -> list[Fo
     return [{"config": Config(*tile, depth), "predicted_us": us + depth, **known} for depth in (1, 2, 3)]
 
 
-def test_a_shortlist_holds_the_current_row_and_the_best_by_prediction() -> None:
+def test_a_shortlist_holds_the_current_row_and_the_best_by_prediction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(TOLD, "lengths")
     current = Config(64, 64, 4, 3)
     found = screened(64, 64, 4, us=20) + screened(128, 64, 8, us=22) + screened(64, 32, 4, us=15)
     found += screened(128, 128, 8, us=30) + screened(64, 128, 4, us=5, refused="spills")
