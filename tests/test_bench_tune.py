@@ -14,7 +14,8 @@ from padfree._triton.configs import Config
 from padfree_bench.measuring import timing
 from padfree_bench.measuring.errors import DeviceLost
 from padfree_bench.tuning import tune
-from padfree_bench.tuning.tune_candidates import Found, Question, Work
+from padfree_bench.tuning.children import Found
+from padfree_bench.tuning.work import MASK, TOLD, Question, Work
 from tiny_bench import CPU
 
 SMALL = "B2-H2-D8-S40-pad50-fp16"
@@ -32,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Question]]:
 
 
 def ask(question: Question, *configs: Config, seconds: float = 60) -> list[Found]:
-    rows: list[Found] = [{"config": config} for config in (question.row.config, *configs)]
+    rows: list[Found] = [{"config": config, "told": MASK} for config in (question.row().config, *configs)]
     tune.time_candidates(question, rows, CPU, time.monotonic() + seconds)
     return rows
 
@@ -46,8 +47,10 @@ def test_every_pass_is_launched_alone_and_right_with_any_tile(small: list[Questi
 def changed(name: str, change: Callable[[torch.Tensor], object]) -> Callable[..., dict[str, torch.Tensor]]:
     launch = Work.launch
 
-    def wrong(work: Work, passname: str, config: Config | None = None) -> dict[str, torch.Tensor]:
-        found = launch(work, passname, config)
+    def wrong(
+        work: Work, passname: str, config: Config | None = None, told: str = MASK
+    ) -> dict[str, torch.Tensor]:
+        found = launch(work, passname, config, told)
         if config == Config(32, 16, 4, 1):
             change(found[name])
         return found
@@ -81,7 +84,7 @@ def test_what_a_kernel_leaves_out_is_not_found_in_old_memory(
 ) -> None:
     def forgets(work: Work, *_: object) -> dict[str, torch.Tensor]:
         fresh_pages = torch.empty(1 << 24, dtype=torch.float16)  # the system hands them out as zeros
-        return {"d_key": fresh_pages.as_strided(work.call.key.shape, work.call.key.stride())}
+        return {"d_key": fresh_pages.as_strided(work.calls[MASK].key.shape, work.calls[MASK].key.stride())}
 
     ask(small[2])
     monkeypatch.setattr(Work, "launch", forgets)
@@ -101,7 +104,7 @@ def test_a_candidate_that_raises_is_a_row_and_a_lost_gpu_ends_the_run(
         now, refused = ask(small[0], Config(32, 16, 4, 1))
     assert "p50_us" in now and refused["refused"] == "out of resource"
     monkeypatch.setattr(Work, "launch", changed("out", partial(raise_, lost)))
-    with pytest.raises(DeviceLost, match=r"forward .*\(32, 16, 4, 1\): illegal access"):
+    with pytest.raises(DeviceLost, match="forward .* 32x16 w4 s1 mask: illegal access"):
         ask(small[0], Config(32, 16, 4, 1))
 
 
@@ -118,16 +121,36 @@ def test_only_a_measured_winner_clear_of_noise_is_accepted(
     best: tuple[int, int, int], on_gpu: bool, accepted: bool
 ) -> None:
     def row(config: Config, p20: float, p50: float, p80: float) -> Found:
-        return {"config": config, "p20_us": p20, "p50_us": p50, "p80_us": p80, "predicted_us": p50}
+        times = {"p20_us": p20, "p50_us": p50, "p80_us": p80, "predicted_us": p50}
+        return {"config": config, "told": MASK, **times}
 
     question = HEADLINE[0]
-    rows = [row(question.row.config, 90, 100, 110), row(Config(128, 64, 8, 3), *best)]
+    rows = [row(question.row().config, 90, 100, 110), row(Config(128, 64, 8, 3), *best)]
     rows.append(row(Config(128, 128, 8, 3), 1, 1, 1) | {"refused": "wrong answer"})
-    answer = tune.decide(question, rows, on_gpu)
-    assert (answer["config"], answer["accepted"]) == ((128, 64, 8, 3), accepted)
-    assert not tune.decide(question, rows[:1], True)["accepted"]
+    (answer,) = tune.decide(question, rows, on_gpu)
+    assert (answer["config"], answer["accepted"]) == (Config(128, 64, 8, 3), accepted)
+    assert not tune.decide(question, rows[:1], True)[0]["accepted"]
     # Nothing beats a row that was not timed.
-    assert not tune.decide(question, [{"config": question.row.config}, rows[1]], True)["accepted"]
+    not_timed = {"config": question.row().config, "told": MASK}
+    assert not tune.decide(question, [not_timed, rows[1]], True)[0]["accepted"]
+
+
+def test_ways_to_tell_keys_are_timed_side_by_side_and_decided_apart(
+    small: list[Question], tmp_path: Path
+) -> None:
+    path, tried = tmp_path / "candidates.json", Config(32, 16, 4, 1)
+    rows = [{"pass": "forward", "case": SMALL, "config": tried, "told": told} for told in ("lengths", MASK)]
+    tune.write_lines(path, {"rows": rows})
+    offered = tune.offers(small[:1], path)[small[0]]
+    now = small[0].row().config
+    assert [(row["config"], row["told"]) for row in offered] == [
+        (now, MASK), (tried, MASK), (now, "lengths"), (tried, "lengths"),
+    ]  # fmt: skip
+    tune.time_candidates(small[0], offered, CPU, time.monotonic() + 60)
+    assert all("p50_us" in row for row in offered)
+    for answer, told in zip(tune.decide(small[0], offered, True), TOLD, strict=True):
+        times = [row["p50_us"] for row in offered if row["told"] == told]
+        assert answer["told"] == told and answer["best_us"] == min(times) and answer["current_us"] == times[0]
 
 
 def test_accepted_rows_serve_short_sequences_on_their_architecture_alone(
@@ -136,14 +159,17 @@ def test_accepted_rows_serve_short_sequences_on_their_architecture_alone(
     monkeypatch.setattr(configs, "TABLE", {key: list(rows) for key, rows in configs.TABLE.items()})
     path, best = tmp_path / "tune.json", Config(128, 128, 8, 2)
     answers = [
-        tune.decide(question, [{"config": best}], False) | {"accepted": question.passname != "key_gradient"}
+        tune.decide(question, [{"config": best, "told": MASK}], False)[0]
+        | {"accepted": question.passname != "key_gradient"}
         for question in HEADLINE
     ]
-    tune.write_lines(path, {"answers": answers})
-    assert [row["pass"] for row in tune.apply_rows(path)] == ["forward", "query_gradient"] * 2
+    told = answers[0] | {"told": "lengths", "config": [16, 16, 4, 1]}
+    tune.write_lines(path, {"answers": [*answers, told]})
+    assert [row["pass"] for row in tune.apply_rows(path)] == ["forward", "query_gradient"] * 2 + ["forward"]
     row_for, half = configs.row_for, torch.bfloat16
     assert row_for("forward", half, 64, 400, 90).config == best
     assert row_for("query_gradient", half, 16, 1024, 90).config == best
+    assert row_for("forward", half, 64, 400, 90, known=True).config == Config(16, 16, 4, 1)
     for passname, *key in (
         ("forward", 64, 1025, 90),
         ("forward", 64, 400, 90, True),  # what was measured had no mask, dropout or the like
@@ -164,7 +190,9 @@ def test_a_rehearsal_answers_every_question_and_accepts_nothing(tmp_path: Path) 
     (path,) = tmp_path.glob("*/tune.json")
     content = json.loads(path.read_text())
     assert content["basis"].startswith("predicted") and not content["not_reached"]
-    assert [(a["pass"], a["case"]) for a in content["answers"]] == [(q.passname, q.case.id) for q in HEADLINE]
+    assert [(a["pass"], a["case"], a["told"]) for a in content["answers"]] == [
+        (q.passname, q.case.id, told) for q in HEADLINE for told in TOLD
+    ]
     assert all(a["best_us"] <= a["current_us"] and not a["accepted"] for a in content["answers"])
 
 
@@ -189,7 +217,7 @@ def test_a_run_on_a_gpu_saves_every_answer_as_it_comes(
     )
     decide = tune.decide
 
-    def killed(question: Question, *rest: object) -> Found:
+    def killed(question: Question, *rest: object) -> list[Found]:
         if question.passname == "key_gradient":
             raise KeyboardInterrupt
         return decide(question, *rest)  # type: ignore[arg-type]
@@ -205,10 +233,13 @@ def test_a_run_on_a_gpu_saves_every_answer_as_it_comes(
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--cases", SMALL, "--candidates", str(path), "--output", str(tmp_path), "--minutes", "5"])
     content = json.loads((tmp_path / "h100" / "tune.json").read_text())
-    assert [a["pass"] for a in content["answers"]] == ["forward", "query_gradient"]
+    assert [(a["pass"], a["told"]) for a in content["answers"]] == [
+        (passname, told) for passname in ("forward", "query_gradient") for told in TOLD
+    ]
     assert content["basis"].startswith("measured") and content["not_reached"] == [f"key_gradient {SMALL}"]
     timed = [("p50_us" in row, row.get("refused")) for row in content["rows"]]
-    assert timed == [(True, None), (True, None), (False, "the compiler crashed")] * 2
+    # With the mask and both tried configurations, and once more the current row with lengths, for each of two passes.
+    assert timed == [(True, None), (True, None), (False, "the compiler crashed"), (True, None)] * 2
 
 
 def test_a_run_that_answers_nothing_fails_and_leaves_no_older_answer(

@@ -14,7 +14,8 @@ import pytest
 
 from padfree._triton.configs import Config
 from padfree_bench.tuning import tune, tune_candidates
-from padfree_bench.tuning.tune_candidates import Found, Item, Question
+from padfree_bench.tuning.children import Found, in_children
+from padfree_bench.tuning.work import MASK, TOLD, Item, Question
 from tiny_bench import ROOT
 from waiting import is_running, wait_for
 
@@ -28,7 +29,7 @@ from padfree_bench.compiled.aot import compile_only
 from padfree_bench.compiled.aot_calls import KERNELS
 from padfree_bench.measuring.inputs import make_inputs
 from padfree_bench.tuning.tune import PASSES, questions
-from padfree_bench.tuning.tune_candidates import compile_candidate
+from padfree_bench.tuning.work import compile_candidate
 
 torch.set_num_threads(1)
 asked = questions({case!r}, ",".join(PASSES))
@@ -38,7 +39,7 @@ with compile_only(90, tuple(KERNELS[name][0] for name in PASSES)) as launched:
     out, _ = autograd.run(*leaves, inputs.padding, None, autograd.KernelOptions.of(inputs.query, None, 0.0, None, True))
     torch.autograd.grad(out, leaves, inputs.d_out)
 for question, kernel in zip(asked, launched, strict=True):
-    mine = compile_candidate(question.passname, question.case, question.row.config)
+    mine = compile_candidate(question.passname, question.case, question.row().config)
     print(question, kernel.kernel.hash == mine.kernel.hash and kernel.grid == mine.grid)
 """
 
@@ -57,11 +58,13 @@ def test_what_is_compiled_beforehand_is_what_the_benchmark_launches(case: str, t
 def test_the_screened_candidates_belong_to_todays_table() -> None:
     rows = tune_candidates.read_candidates(tune.CANDIDATES)
     for question in HEADLINE:
-        configs = [
-            r["config"] for r in rows if (r["pass"], r["case"]) == (question.passname, question.case.id)
-        ]
-        assert question.row.config in configs, f"{question}: run python -m bench tune --screen"
-        assert 2 < len(set(configs)) == len(configs) <= tune_candidates.MOST
+        offered = [r for r in rows if (r["pass"], r["case"]) == (question.passname, question.case.id)]
+        for told in TOLD:
+            configs = [r["config"] for r in offered if r["told"] == told]
+            assert question.row(told).config in configs, f"{question}: run python -m bench tune --screen"
+            assert 2 < len(set(configs)) == len(configs)
+        assert len(offered) <= tune_candidates.MOST
+        assert all(r["predicted_us"] > 0 and r["costs"] and r["reason"] for r in offered)
 
 
 def test_what_to_compile_beforehand_can_be_sent_to_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,44 +75,76 @@ def test_what_to_compile_beforehand_can_be_sent_to_a_process(monkeypatch: pytest
     for item in items:
         tune.compile_item(json.loads(json.dumps(item)))
     offered = tune.offers(HEADLINE)
-    assert compiled == [(q.passname, q.case, row["config"]) for q, rows in offered.items() for row in rows]
-    assert all(isinstance(config, Config) for _, _, config in compiled)
+    rows = [(q, row) for q, found in offered.items() for row in found]
+    assert compiled == [(q.passname, q.case, row["config"], row["told"]) for q, row in rows]
+    assert all(isinstance(config, Config) for _, _, config, _ in compiled)
 
 
 def test_what_is_not_compiled_within_half_of_the_time_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "compile_item", what_a_compiler_does)
-    rows: dict[Question, list[Found]] = {question: [{"config": "sleep"}] for question in HEADLINE[:2]}
-    rows[HEADLINE[0]].append({"config": "good"})
-    list(tune.in_children(what_a_compiler_does, [], jobs=1))  # pays what the first call in a process costs
+    row = lambda what: {"config": what, "told": MASK}
+    rows: dict[Question, list[Found]] = {question: [row("sleep")] for question in HEADLINE[:2]}
+    rows[HEADLINE[0]].append(row("good"))
+    list(in_children(what_a_compiler_does, [], jobs=1))  # pays what the first call in a process costs
     # Half of it is for "good", however busy the machine; a sleeper would take four times the half.
     tune.compile_beforehand(rows, jobs=3, deadline=time.monotonic() + 30)
-    late = {"config": "sleep", "refused": "not compiled in half of the time given"}
-    assert rows == {HEADLINE[0]: [late, {"config": "good", "registers": 32}], HEADLINE[1]: [late]}
+    late = row("sleep") | {"refused": "not compiled in half of the time given"}
+    assert rows == {HEADLINE[0]: [late, row("good") | {"registers": 32}], HEADLINE[1]: [late]}
 
 
-def test_a_shortlist_holds_the_current_row_and_the_best_of_every_tile() -> None:
+def screened(*tile: int, us: float, told: str = MASK, **more: object) -> list[Found]:
+    """Three depths of one tile, each a microsecond slower than the one before."""
+    known = {"told": told, "costs": {"ctas": 3}, "waiting": 0.5, **more}
+    return [{"config": Config(*tile, depth), "predicted_us": us + depth, **known} for depth in (1, 2, 3)]
+
+
+def test_a_shortlist_holds_the_current_row_and_the_best_by_prediction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(TOLD, "lengths")
     current = Config(64, 64, 4, 3)
-
-    def rows(*tile: int, us: float, **more: object) -> list[Found]:
-        depths = (1, 2, 3, 4)
-        return [{"config": Config(*tile, depth), "predicted_us": us + depth, **more} for depth in depths]
-
-    found = (
-        rows(64, 64, 4, us=20) + rows(128, 64, 8, us=22) + rows(128, 64, 4, us=21) + rows(64, 32, 4, us=23)
-    )
-    found += rows(128, 128, 8, us=28) + rows(64, 128, 4, us=5, refused="spills")
+    found = screened(64, 64, 4, us=20) + screened(128, 64, 8, us=22) + screened(64, 32, 4, us=15)
+    found += screened(128, 128, 8, us=30) + screened(64, 128, 4, us=5, refused="spills")
     found[2]["refused"] = "16 bytes on the stack"
-    kept = tune_candidates.shortlist(current, found)
-    tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (64, 32, 4)]
-    first, second = [Config(*tile, 3) for tile in tiles], [Config(*tile, 4) for tile in tiles]
-    first[0], second[0] = Config(64, 64, 4, 4), Config(64, 64, 4, 2)  # the current row is not offered twice
-    assert [row["config"] for row in kept[:9]] == [current, *first, *second]
-    assert len(kept) == tune_candidates.MOST
+    kept = tune_candidates.shortlist(dict.fromkeys(TOLD, current), found)
+    # Two depths of each tile at most, nothing refused, and nothing that is expected to be 30 % slower.
+    best = [Config(64, 32, 4, 1), Config(64, 32, 4, 2), Config(64, 64, 4, 1), Config(64, 64, 4, 2)]
+    best += [Config(128, 64, 8, 1), Config(128, 64, 8, 2)]
+    assert [row["config"] for row in kept] == [current, *best]
     assert kept[0]["reason"] == "current row; 16 bytes on the stack" and "refused" not in kept[0]
+    assert kept[1]["reason"].startswith("-30% expected: 3 programs at once, each waits 50% of its time")
+
+
+def test_every_way_to_tell_keys_has_its_share_of_the_menu() -> None:
+    tiles = [(64, 64, 4), (64, 32, 4), (32, 64, 4), (128, 64, 8), (128, 32, 8)]
+    found = [
+        row
+        for told, faster in ((MASK, 0.0), ("lengths", 9.0))
+        for i, tile in enumerate(tiles)
+        for row in screened(*tile, us=40.0 + i / 10 - faster, told=told)
+    ]
+    kept = tune_candidates.shortlist(dict.fromkeys(TOLD, Config(64, 64, 4, 2)), found)
+    for told in TOLD:
+        rows = [row for row in kept if row["told"] == told]
+        assert len(rows) == tune_candidates.MOST // 2 and rows[0]["config"] == Config(64, 64, 4, 2)
+
+
+def test_configurations_are_stored_by_name_and_read_as_they_were_before(tmp_path: Path) -> None:
+    path, config = tmp_path / "candidates.json", Config(64, 32, 8, 1)
+    tune_candidates.write_lines(path, {"rows": [{"config": config, "told": MASK}]})
+    (stored,) = json.loads(path.read_text())["rows"]
+    assert stored["config"].items() >= {"block_m": 64, "block_n": 32, "num_warps": 8, "num_stages": 1}.items()
+    for text in (stored["config"], [64, 32, 8, 1]):
+        path.write_text(json.dumps({"rows": [{"config": text}]}))
+        assert tune_candidates.read_candidates(path) == [{"config": config, "told": MASK}]
+    for row in ({"config": stored["config"] | {"unknown": 1}}, stored | {"told": "by heart"}):
+        path.write_text(json.dumps({"rows": [row]}))
+        with pytest.raises(ValueError, match=r"^cannot read candidates from .*(unknown|by heart)"):
+            tune_candidates.read_candidates(path)
 
 
 def what_a_compiler_does(item: Item) -> Found:
-    what = item[-1] if isinstance(item, tuple) else item
+    what = item[2] if isinstance(item, tuple) else item
     os.write(2, b"thousands of lines of MLIR\n")
     if what == "crash":
         faulthandler.disable()
@@ -123,7 +158,7 @@ def what_a_compiler_does(item: Item) -> Found:
 
 def test_a_compiler_that_crashes_stalls_or_raises_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     items = ["crash", "raise", "work", "sleep", "good"]
-    found = dict(tune_candidates.in_children(what_a_compiler_does, items, jobs=5, seconds=10))  # type: ignore[arg-type]
+    found = dict(in_children(what_a_compiler_does, items, jobs=5, seconds=10))  # type: ignore[arg-type]
     assert found == {
         "crash": {"refused": "the compiler crashed"},
         "raise": {"refused": "PassManager::run failed"},
@@ -137,7 +172,7 @@ def test_a_compiler_that_crashes_stalls_or_raises_is_one_line(capfd: pytest.Capt
 # A compiler hands its code to an assembler, a process of its own, which says here who it is.
 KILLED = """
 import subprocess, sys
-from padfree_bench.tuning.tune_candidates import in_children
+from padfree_bench.tuning.children import in_children
 
 ASSEMBLE = "echo $$ > $0.new && mv $0.new $0 && exec sleep 60"
 list(in_children(lambda path: subprocess.run(["sh", "-c", ASSEMBLE, path]), sys.argv[1:], jobs=1))

@@ -269,5 +269,5 @@ def test_the_order_of_programs_changes_no_bit(together: int, device: torch.devic
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls_module, "L2_BYTES", together * bytes_a_head)
         patch.setattr(launch, "_kept", {})
-        assert described(inputs.query, inputs.key).heads_together == together
+        assert calls_module.heads_together(40, 16, 2) == together
         assert_same_bits(run(KERNEL, inputs), wanted)

@@ -15,6 +15,10 @@ COMMANDS = {
         "compiled.compile_report",
         "registers, shared memory and predicted time of every kernel configuration, without a GPU",
     ),
+    "cost-model": (
+        "compiled.cost_check",
+        "how well predicted times of launches agree with measured ones",
+    ),
     "tune": (
         "tuning.tune",
         "propose rows for the kernel's configuration table: measured on a GPU, else predicted",

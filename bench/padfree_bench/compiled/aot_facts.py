@@ -12,7 +12,7 @@ import triton
 
 from padfree_bench.compiled.aot import SHARED_LIMIT, Compiled
 from padfree_bench.compiled.aot_calls import Target, compile_target
-from padfree_bench.compiled.cost_model import costs_of, occupancy
+from padfree_bench.compiled.costs import costs_of, excluded, occupancy
 
 ATOMICS = re.compile(r"\b(?:atom|red)\.|_atomic_|\bds_(?:add|min|max|cmpst)_")
 OPERATION = re.compile(r"^\s*(%[\w:#]+) = \"?([\w.]+)\"? ?([^\n]*)", re.MULTILINE)
@@ -101,6 +101,7 @@ def facts_of(compiled: Compiled, target: Target) -> Facts:
         "fused": ttir.count("math.fma"),
         "narrow_offsets": narrow_offsets(ttir, compiled.kernel.src.signature),
         "costs": costs_of(compiled),
+        "excluded": excluded(compiled),
     }
 
 

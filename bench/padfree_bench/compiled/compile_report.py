@@ -22,7 +22,8 @@ import triton
 from padfree_bench.compiled.aot import ARCHS, Arch, why_not_compile
 from padfree_bench.compiled.aot_calls import VARIANTS, Target, table_targets
 from padfree_bench.compiled.aot_facts import Facts, facts_of_target
-from padfree_bench.compiled.cost_model import GPUS, MOVED, predict
+from padfree_bench.compiled.cost_model import MOVED, Batch, predict
+from padfree_bench.compiled.costs import GPUS
 from padfree_bench.measuring.cases import DTYPES
 from padfree_bench.measuring.lengths import imdb_lengths
 from padfree_bench.measuring.results import RESULTS
@@ -32,10 +33,10 @@ BATCH, SEQ = 64, 400
 SHAPES = ((4, 8), (8, 16), (4, 32), (12, 64), (16, 128))
 VARIANT_HEAD_DIMS = (16, 64)
 ASSUMPTIONS = (
-    "Predictions, not measurements. Floors that assume perfectly overlapping CTAs and evenly spread work: issue, "
-    "exp2 and matrix cycles of the loops over score tiles, and bytes (inputs at real rows, outputs at every row). "
-    "`once` is what programs issue outside of these loops if all of it runs, and is not in the floor. `expected` adds it, "
-    "the launch and the loads at a program's end that nothing hides; waves and uneven work are left out."
+    "Predictions, not measurements. What each unit of the GPU needs at least: issue slots, exp2 and the matrix units for all "
+    "instructions, the memory for bytes that the L2 does not serve. The largest of them is the floor. `waits` is the share of "
+    "a program's time in which it needs none of them: it waits for an instruction before or for a load. `expected` is the "
+    "launch: waits covered by as many programs as fit at once, and the tail. bench/README.md says how far to trust it."
 )
 
 
@@ -61,20 +62,20 @@ def targets_of(archs: tuple[Arch, ...], dtypes: tuple[str, ...], variants: tuple
 
 
 def predictions(facts: list[Facts]) -> list[dict[str, Any]]:
-    """Predicted floors at B64 S400 and IMDB lengths, for every shape, launch and 16-bit or fp32 dtype."""
+    """Predicted times at B64 S400 and IMDB lengths, for every shape, launch and 16-bit or fp32 dtype."""
     lengths, rows = imdb_lengths(BATCH, SEQ), []
-    costs: dict[tuple[Any, ...], Any] = {}
+    known: dict[tuple[Any, ...], Facts] = {}
     for f in facts:
         if f["variant"] == "padded" and f["costs"] is not None:
-            costs.setdefault((f["arch"], f["dtype"], f["precision"], f["head_dim"], f["kernel"]), f["costs"])
+            known.setdefault((f["arch"], f["dtype"], f["precision"], f["head_dim"], f["kernel"]), f)
     compiled = dict.fromkeys((f["arch"], f["dtype"], f["precision"]) for f in facts)
     for (arch, dtype, precision), (heads, head_dim), kernel in product(compiled, SHAPES, MOVED):
-        if found := costs.get((arch, dtype, precision, head_dim, kernel)):
-            itemsize = getattr(torch, dtype).itemsize
-            times = predict(kernel, found, arch, lengths, heads, head_dim, SEQ, itemsize)
+        if found := known.get((arch, dtype, precision, head_dim, kernel)):
+            batch = Batch(lengths, heads, head_dim, SEQ, getattr(torch, dtype).itemsize)
+            times = asdict(predict(kernel, found["costs"], GPUS[arch], batch, apart=batch.together))
             case = f"B{BATCH}-H{heads}-D{head_dim}-S{SEQ}-imdb"
-            made = {"arch": arch, "dtype": dtype, "precision": precision, "case": case, "kernel": kernel}
-            rows.append(made | asdict(times))
+            named = {"arch": arch, "dtype": dtype, "precision": precision, "case": case, "kernel": kernel}
+            rows.append({**named, **times, "excluded": found["excluded"]})
     return rows
 
 
@@ -115,7 +116,7 @@ def markdown(facts: list[Facts]) -> str:
     ]  # fmt: skip
     cycles = [
         [*_kernel(f), f"{c.block_m}x{c.block_n}",
-         *(f"{number:.0f}" for number in (c.issue, c.masked_issue, c.mufu, c.matrix)), c.bound,
+         *(f"{number:.0f}" for number in (c.issue(c.loop), c.issue(c.masked_loop), c.mufu, c.matrix)), c.bound,
          f"{c.repeats:.2f}", c.outside,
          ", ".join(f"{name} {count}" for name, count in sorted(c.mix.items(), key=lambda item: -item[1]))]
         for f in facts
@@ -123,8 +124,8 @@ def markdown(facts: list[Facts]) -> str:
     ]  # fmt: skip
     times = [
         [r["case"], r["arch"], _multiplied(r), r["kernel"].removesuffix("_kernel"),
-         *(f"{r[name]:.1f}" for name in ("issue", "mufu", "matrix", "memory")), f"**{r['floor']:.1f}**", r["bound"],
-         f"{r['once']:.1f}", f"{r['expected']:.1f}"]
+         *(f"{r[name]:.1f}" for name in ("issue", "mufu", "matrix", "memory")), f"{r['floor']:.1f}", r["bound"],
+         f"{r['waiting']:.0%}", f"**{r['expected']:.1f}**", r["excluded"] or "-"]
         for r in predictions(facts)
     ]  # fmt: skip
     return "\n\n".join([
@@ -133,9 +134,9 @@ def markdown(facts: list[Facts]) -> str:
         _table("kernel | arch | dtype | D | variant | tile | registers | stack | spills | shared | CTAs | serialized", resources),
         "## One score tile: cycles of a multiprocessor by bound, and what the full tiles' loop issues a warp",
         _table("kernel | arch | dtype | D | variant | tile | issue | issue, masked | exp2 | matrix | bound | repeats | outside | mix", cycles),
-        f"## Predicted floor of a launch in µs (B{BATCH} S{SEQ}, IMDB lengths, padded queries and keys skipped)",
+        f"## Predicted time of a launch in µs (B{BATCH} S{SEQ}, IMDB lengths, padded queries and keys skipped)",
         ASSUMPTIONS,
-        _table("case | arch | dtype | launch | issue | exp2 | matrix | memory | floor | bound | once | expected", times),
+        _table("case | arch | dtype | launch | issue | exp2 | matrix | memory | floor | bound | waits | expected | not modelled", times),
     ]) + "\n"  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from padfree_bench.measuring.headline import HEADLINE
 from padfree_bench.measuring.inputs import make_inputs
 from padfree_bench.measuring.machine import pick_device
 from padfree_bench.measuring.timing import capture_graph, own_stream
-from padfree_bench.tuning.tune_candidates import Work
+from padfree_bench.tuning.work import Work
 
 REPEATS = 5000
 Results = Callable[[], list[Tensor]]

@@ -31,7 +31,7 @@ from padfree_bench.measuring.headline import HEADLINE, TUNED_ROWS
 from padfree_bench.measuring.processes import in_pool
 from padfree_bench.peers import PEERS, padfree_peers
 from padfree_bench.tuning import tune
-from padfree_bench.tuning.tune_candidates import ARCH, blank_inputs
+from padfree_bench.tuning.work import ARCH, blank_inputs
 
 CPU = torch.device("cpu")
 # A name, and a call of the library as a later step makes it; nothing is computed, so what it returns is nothing.

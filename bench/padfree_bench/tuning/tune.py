@@ -1,7 +1,8 @@
-"""`python -m bench tune`: which rows of the configuration table should change.
+"""`python -m bench tune`: which rows of the configuration table should change, and what it is worth to know the lengths.
 
 On a GPU the candidates that `--screen` chose beforehand are held against fp64, then timed as CUDA graphs beside the
-current row, interleaved; one that wins by more than noise (its 80th percentile below the row's 20th) is accepted.
+current row, interleaved; one that wins by more than noise (its 80th percentile below the row's 20th) is accepted. Calls
+that are told their keys in another way than by the mask have answers of their own.
 Without a GPU the same questions are answered by the cost model: a prediction, never accepted. A person edits the table.
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from padfree._triton import configs
-from padfree._triton.configs import Config, Row
+from padfree._triton.configs import Row
 from padfree._triton.launch import forget
 from padfree_bench.compiled.aot import why_not_compile
 from padfree_bench.measuring import headline, machine
@@ -31,21 +32,16 @@ from padfree_bench.measuring.inputs import make_inputs
 from padfree_bench.measuring.processes import positive_minutes, stop_on_sigterm
 from padfree_bench.measuring.results import RESULTS
 from padfree_bench.measuring.timing import Call, Effort, capture_graph, measure, own_stream
+from padfree_bench.tuning.children import Found, first_line, in_children
 from padfree_bench.tuning.tune_candidates import (
-    ARCH,
     CANDIDATES,
-    PASSES,
-    Found,
-    Item,
-    Question,
-    Work,
     compile_item,
-    first_line,
-    in_children,
+    config_of,
     read_candidates,
     screen,
     write_lines,
 )
+from padfree_bench.tuning.work import ARCH, MASK, PASSES, TOLD, Item, Question, Work, name_of
 
 HEADLINE = ",".join(headline.HEADLINE)
 BASIS = {True: "measured on this GPU", False: "predicted by a static cost model, nothing was run"}
@@ -72,22 +68,25 @@ def questions(cases: str, passes: str) -> list[Question]:
 
 
 def offers(asked: list[Question], path: Path = CANDIDATES) -> dict[Question, list[Found]]:
-    """Each question's candidates, the current row first whether or not the file has it."""
-    rows, offered = read_candidates(path), {}
+    """Each question's candidates: by how keys are told, and of these the current row first whether or not the file has it."""
+    rows, offered = read_candidates(path), dict[Question, list[Found]]()
     for question in asked:
         found = [row for row in rows if (row["pass"], row["case"]) == (question.passname, question.case.id)]
         if not found:
             raise ValueError(f"{path} has none for {question}: python -m bench tune --screen --cases ...")
-        now = question.row.config
-        current = [row for row in found if row["config"] == now] or [{"config": now}]
-        offered[question] = [*current, *(row for row in found if row["config"] != now)]
+        offered[question] = []
+        for told in TOLD:
+            now = question.row(told).config
+            rows_told = [row for row in found if row["told"] == told]
+            current = [row for row in rows_told if row["config"] == now] or [{"config": now, "told": told}]
+            offered[question] += [*current, *(row for row in rows_told if row["config"] != now)]
     return offered
 
 
 def warm_items() -> list[Item]:
     """What `compile_item` takes, in any process and without a GPU, so that a run on the headline compiles nothing."""
     offered = offers(questions(HEADLINE, ",".join(PASSES)))
-    return [question.item(row["config"]) for question, rows in offered.items() for row in rows]
+    return [question.item(row["config"], row["told"]) for question, rows in offered.items() for row in rows]
 
 
 @contextmanager
@@ -128,7 +127,7 @@ def time_candidates(question: Question, rows: list[Found], device: torch.device,
     for row in rows:
         if time.monotonic() > deadline:
             raise OutOfTime
-        make = partial(partial, work.launch, question.passname, row["config"])
+        make = partial(partial, work.launch, question.passname, row["config"], row["told"])
         try:
             if "refused" not in row:
                 with poisoned_memory():
@@ -136,10 +135,10 @@ def time_candidates(question: Question, rows: list[Found], device: torch.device,
                 current = current or found
                 if reason := wrong(found, current, work, truth):
                     raise ValueError(reason)
-                calls[repr(row["config"])] = capture_graph(make)
+                calls[label(row)] = capture_graph(make)
         except torch.AcceleratorError as error:
             # An illegal access is a fault to look into, and this process's GPU context is gone.
-            raise DeviceLost(f"{question} {tuple(row['config'])}: {first_line(error)}") from error
+            raise DeviceLost(f"{question} {label(row)}: {first_line(error)}") from error
         except Exception as error:  # noqa: BLE001 - each is a reason for the row
             row["refused"] = first_line(error)
         if "refused" in rows[0]:
@@ -147,31 +146,52 @@ def time_candidates(question: Question, rows: list[Found], device: torch.device,
     left = max(0.1, deadline - time.monotonic())
     samples = measure(calls, device, Effort(min(2.0, left), least=10, most=100, at_most_seconds=left))
     for row in rows:
-        if sample := samples.get(repr(row["config"])):
+        if sample := samples.get(label(row)):
             figures = {"p20_us": sample.p20, "p50_us": sample.p50, "p80_us": sample.p80}
             row |= {name: float(f"{ms * 1e3:.4g}") for name, ms in figures.items()}
 
 
-def decide(question: Question, rows: list[Found], on_gpu: bool) -> Found:
-    """Name the fastest; accept it only when measured and its 80th percentile is below the current row's 20th."""
+def label(row: Found) -> str:
+    return f"{name_of(row['config'])} {row['told']}"
+
+
+def decide(question: Question, rows: list[Found], on_gpu: bool) -> list[Found]:
+    """For each way to tell keys name the fastest; accept it only when measured and its p80 is below the current row's p20."""
+    groups = ([row for row in rows if row["told"] == told] for told in TOLD)
+    return [decide_among(question, group, on_gpu) for group in groups if group]
+
+
+def decide_among(question: Question, rows: list[Found], on_gpu: bool) -> Found:
+    """`decide` among rows whose keys are told alike, the current row first."""
     figure, now = "p50_us" if on_gpu else "predicted_us", rows[0]
     usable = [row for row in rows if figure in row and "refused" not in row]
     best = min(usable, key=lambda row: row[figure], default=now)
     return {
         "pass": question.passname, "kind": question.key[1], "head_dim": question.key[2], "case": question.case.id,
-        "max_length": min(question.row.max_length, LONGEST), "config": best["config"], "current": now["config"],
-        "best_us": best.get(figure), "current_us": now.get(figure),
+        "max_length": min(question.row(now["told"]).max_length, LONGEST), "told": now["told"], "config": best["config"],
+        "current": now["config"], "best_us": best.get(figure), "current_us": now.get(figure),
         "accepted": on_gpu and best.get("p80_us", float("inf")) < now.get("p20_us", 0.0),
     }  # fmt: skip
 
 
 def apply_rows(path: Path) -> list[Found]:
-    """Put the rows that a GPU run accepted first in this process's table, for sequences as short; returns them."""
+    """Put the rows that a GPU run accepted first in this process's table, for sequences as short; returns them.
+
+    One that was measured with known lengths stands before those that serve a mask too.
+    """
     try:
         accepted = [answer for answer in json.loads(path.read_text())["answers"] if answer["accepted"]]
         for a in reversed(accepted):
-            row = Row(Config(*a["config"]), f"measured: {path.name}", a["max_length"], (ARCH,), plain=True)
-            configs.TABLE[a["pass"], a["kind"], a["head_dim"]].insert(0, row)
+            known, rows = a.get("told", MASK) != MASK, configs.TABLE[a["pass"], a["kind"], a["head_dim"]]
+            row = Row(
+                config_of(a["config"]),
+                f"measured: {path.name}",
+                a["max_length"],
+                (ARCH,),
+                plain=True,
+                known=known,
+            )
+            rows.insert(0 if known else [row.known for row in rows].index(False), row)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read tuned rows from {path}: {error}") from None
     configs.row_for.cache_clear()
@@ -227,7 +247,9 @@ def compile_beforehand(offered: dict[Question, list[Found]], jobs: int, deadline
     Half of the time is for timing: what is not compiled by then is left out, so that none stalls the run.
     """
     until = (time.monotonic() + deadline) / 2
-    rows = {question.item(row["config"]): row for question, found in offered.items() for row in found}
+    rows = {
+        question.item(row["config"], row["told"]): row for question, found in offered.items() for row in found
+    }
     outcomes = dict(in_children(compile_item, list(rows), jobs, until=until))
     for item, row in rows.items():
         row.update(outcomes.get(item, {"refused": "not compiled in half of the time given"}))
@@ -255,16 +277,19 @@ def answer(
                     time_candidates(question, rows, device, deadline)
             except OutOfTime:
                 break
-            answers.append(decide(question, rows, on_gpu))
+            answers += (found := decide(question, rows, on_gpu))
             content["not_reached"] = content["not_reached"][1:]
             content["rows"] += [{"pass": question.passname, "case": question.case.id, **row} for row in rows]
             write_lines(path, content)
-            print(line(answers[-1]), flush=True)
-    print(f"{len(answers)} of {len(offered)} rows, {content['basis']}: {path}", file=sys.stderr)
-    return len(answers)
+            print("\n".join(map(line, found)), flush=True)
+    answered = len(offered) - len(content["not_reached"])
+    print(f"{answered} of {len(offered)} questions, {content['basis']}: {path}", file=sys.stderr)
+    return answered
 
 
 def line(a: Found) -> str:
     outcome = "accept" if a["accepted"] else "keep" if a["config"] == a["current"] else "consider"
-    now, best = f"{tuple(a['current'])} {a['current_us']} us", f"{tuple(a['config'])} {a['best_us']} us"
-    return f"{outcome:8} {a['pass']} {a['case']}: now {now}, best {best}"
+    now, best = (
+        f"{name_of(a[which])} {a[us]} us" for which, us in (("current", "current_us"), ("config", "best_us"))
+    )
+    return f"{outcome:8} {a['pass']} {a['case']} by {a['told']}: now {now}, best {best}"

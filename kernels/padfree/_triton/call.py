@@ -141,15 +141,6 @@ class Call:
             return None
         return self.query.new_empty((self.batch, 3), dtype=torch.int32)
 
-    @property
-    def heads_together(self) -> int:
-        """How many heads to launch side by side, so that what their programs share stays in the L2.
-
-        A power of two of at least 16, which Triton compiles for once.
-        """
-        bytes_a_head = 2 * max(self.max_q, self.max_k, 1) * self.query.shape[3] * self.query.element_size()
-        return 1 << (max(16, L2_BYTES // bytes_a_head).bit_length() - 1)
-
     def grid(self, rows: int, block: int, heads: int) -> tuple[int]:
         """One program per block of rows, sequence and head."""
         programs = -(-rows // block) * self.batch * heads
@@ -201,9 +192,11 @@ class Call:
             full = self.attn_mask.expand(*self.query.shape[:3], self.key.shape[2])
             attn_mask = View(_as_bytes(self.attn_mask), full.stride())
         spans, cu_q, cu_k, key_lengths = self.numbers
+        longest, head_dim = max(self.max_q, self.max_k), self.query.shape[3]
+        together = heads_together(longest, head_dim, self.query.element_size())
         sizes = Sizes(
-            self.batch, self.heads, self.max_q, self.max_k, cu_q, cu_k, key_lengths, self.heads_together
-        )
+            self.batch, self.heads, self.max_q, self.max_k, cu_q, cu_k, key_lengths, together
+        )  # fmt: skip
         return Inputs(
             q=self.view(self.query),
             k=self.view(self.key),
@@ -247,6 +240,15 @@ def _as_bytes(mask: Tensor | None) -> Tensor | None:
 def _as_one_row(lengths: Tensor | None) -> Tensor | None:
     """Contiguous: kernels read such numbers one after the other, but a saved-tensor hook may hand the backward any layout."""
     return None if lengths is None else lengths.contiguous()
+
+
+def heads_together(rows: int, head_dim: int, itemsize: int) -> int:
+    """How many heads to launch side by side, so that the two tensors that their programs share stay in the L2.
+
+    A power of two of at least 16, which Triton compiles for once.
+    """
+    shared = 2 * max(rows, 1) * head_dim * itemsize
+    return 1 << (max(16, L2_BYTES // shared).bit_length() - 1)
 
 
 def dot_precision(dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
