@@ -95,7 +95,7 @@ FAULTS = [
     ),
     tiles(
         "the first visible key is skipped", "mask",
-        fragment="first = tl.where(count > 0, num_keys - back, 0)", replacement="first = tl.where(count > 0, num_keys - back + 1, 0)",
+        fragment="first = num_keys - tl.max(backs, 0)", replacement="first = num_keys - tl.max(backs, 0) + 1",
     ),
     tiles(
         "the last visible key is skipped", "mask",
