@@ -112,7 +112,7 @@ def rows() -> list[Row]:
         Row("R8", "roles with offsets beyond 2^31 and 2^32; grids beyond 65,535", ">= 10 roles, forward and backward",
             ("test_giants.py",), f"{len(ROLES)} roles"),
         Row("R9", "wrong calls refused by name before launch", ">= 80", ("test_bad_calls.py",), f"{len(BAD_CALLS)} calls"),
-        Row("R10", "assertions on compiled code", "every configuration: no spill, no atomic, no TF32 for fp32",
+        Row("R10", "assertions on compiled code", "every configuration: no spill, no atomic, no single TF32 product for fp32",
             ("test_aot.py", "test_known_bugs_system.py"), f"{sum(1 for _ in functions('test_aot.py'))} tests; the whole table by `make aot`"),
         Row("R11", "opcheck, gradcheck, compile, second order", "4 of 4 on 12 inputs", compile_files(), f"{compile_tests()} tests"),
         Row("R12", "generated examples", ">= 1,000 a run, 20,000 in a soak run", ("test_properties.py",), examples(len(properties))),
