@@ -51,7 +51,7 @@ def commit_targets() -> list[Target]:
     targets += [
         Target(90, name, "bfloat16", 64, variant=variant)
         for name in ("forward", "query_gradient", "key_gradient")
-        for variant in ("keys", "packed", "window", "dense", "dropout", "bool", "bias")
+        for variant in ("keys", "lengths", "packed", "window", "dense", "dropout", "bool", "bias")
     ]
     targets += [Target(90, name, "bfloat16", 64, variant="everything") for name in PASSES]
     targets += [Target(90, "forward", "bfloat16", 64, shape=shape) for shape in ("ones", "neither")]

@@ -27,6 +27,7 @@ class Variant:
     """One combination of the options that select code in the kernels."""
 
     padding: bool = True
+    spans: bool = False
     lengths: bool = False
     skip: bool = True
     attn_mask: str | None = None
@@ -42,6 +43,7 @@ class Variant:
 VARIANTS = {
     "padded": Variant(),
     "keys": Variant(skip=False),
+    "spans": Variant(spans=True),
     "lengths": Variant(padding=False, lengths=True),
     "dense": Variant(padding=False, skip=False),
     "packed": Variant(padding=False, skip=False, packed=True),
@@ -113,7 +115,8 @@ def make_call(target: Target) -> Call:
         attn_mask=empty(batch, heads, rows, seq, dtype=mask_dtype) if variant.attn_mask else None,
         seed=empty(1, dtype=torch.int64) if variant.dropout else None,
         cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-        key_lengths=empty(batch, dtype=torch.int32) if variant.lengths else None, spans=None,
+        key_lengths=empty(batch, dtype=torch.int32) if variant.lengths else None,
+        spans=empty(batch, 3, dtype=torch.int32) if variant.spans else None,
         max_q=rows, max_k=seq,
         scale=variant.scale or target.head_dim**-0.5, dropout_p=0.1 if variant.dropout else 0.0,
         left=variant.left, right=variant.right, skip_padded_queries=variant.skip and rows == seq,
@@ -128,7 +131,7 @@ def compile_target(target: Target) -> list[Compiled]:
     kernels = KERNELS[target.passname]
     with multiplying_by(target.precision), compile_only(target.arch, kernels) as compiled:
         operators._forward(*_fields(call))
-        backward = replace(call, spans=call.empty_spans())
+        backward = replace(call, spans=call.spans if variant.spans else call.empty_spans())
         operators._backward(*saved, *_fields(backward), variant.attn_mask == "bias")
     return compiled
 
