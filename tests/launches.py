@@ -174,6 +174,16 @@ def alike() -> None:
                 run(call)
 
 
+class Recording:
+    """A hook of somebody's own, with a list of that name."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def __call__(self, metadata: object) -> None:
+        self.calls.append(metadata)
+
+
 def hooks() -> None:
     """Where somebody watches Triton's launches, all of them are Triton's own."""
     seen: list[object] = []
@@ -187,6 +197,10 @@ def hooks() -> None:
             run(call)
             chain.remove(seen.append)
         assert len(seen) == 2 * launches, f"{len(seen)} of {2 * launches} launches seen"
+        recording = Recording()
+        with patch.object(knobs.runtime, "launch_enter_hook", recording):
+            run(call)
+        assert len(recording.calls) == launches, f"{len(recording.calls)} of {launches} launches recorded"
         for kernel in KERNELS:
             kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append(args))
         run(call)

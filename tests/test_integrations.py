@@ -189,6 +189,23 @@ def test_a_mask_is_turned_into_padding_once_a_forward(by_reference, monkeypatch)
             assert torch.equal(padding, kept == 0) and torch.equal(spans, key_spans(kept == 0))
 
 
+def test_a_mask_that_the_caller_keeps_is_looked_at_again_when_it_was_written_into(by_reference):
+    model, batch = make_model("bert", "padfree_strict"), make_batch()
+    hidden = model.embeddings(batch["input_ids"])
+    masks = batch["attention_mask"].clone(), batch["attention_mask"].flip(0)
+
+    def prepared():
+        return integration.attention_mask_for(attention_mask=batch["attention_mask"], config=model.config)
+
+    kept, outputs = prepared(), []
+    for mask in masks:
+        batch["attention_mask"].copy_(mask)
+        outputs.append(model.encoder(hidden, attention_mask=kept).last_hidden_state)
+        fresh = model.encoder(hidden, attention_mask=prepared()).last_hidden_state
+        assert torch.equal(outputs[-1], fresh)
+    assert not torch.equal(*outputs)
+
+
 def test_attention_dropout_is_applied_in_training_only(by_reference):
     changes = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0}
     model, batch = make_model("bert", "padfree_strict", **changes), make_batch()

@@ -174,6 +174,17 @@ def test_spans_of_no_keys_are_empty() -> None:
     assert padfree.key_spans(torch.ones(2, 0, dtype=torch.bool)).tolist() == [[0, 0, 0]] * 2
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    (torch.ones(2, 5, dtype=torch.uint8), torch.ones(2, 5), torch.ones(5, dtype=torch.bool),
+     torch.ones(2, 4, 5, dtype=torch.bool), torch.ones(2, 1, 5, 5, dtype=torch.bool), [[True]], None),
+    ids=lambda x: f"{x.dtype} {[*x.shape]}" if isinstance(x, Tensor) else type(x).__name__,
+)  # fmt: skip
+def test_what_is_no_padding_mask_has_no_spans(wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="key_padding_mask must"):
+        padfree.key_spans(wrong)
+
+
 @given(calls(batch=2))
 def test_given_spans_give_the_bits_of_found_ones(call: tuple[Inputs, dict[str, Any]]) -> None:
     inputs, options = call
@@ -196,6 +207,12 @@ def test_the_passes_believe_the_spans_and_read_nothing_that_is_not_there(device:
     assert_same_bits(got._replace(dk=wanted.dk, dv=wanted.dv), wanted)
     beyond = torch.tensor([[-7, 2**31 - 1, 0]] * 2, dtype=torch.int32, device=device)
     assert_same_bits(run(partial(KERNEL, key_spans=beyond), believed), run(KERNEL, believed))
+    # Behind the last key and back to front: nothing is visible, and a window's arithmetic must not overflow.
+    for nowhere in ([2**31 - 1, 40, 0], [30, -(2**31), 1], [-(2**31), -1, 1]):
+        spans = torch.tensor([nowhere] * 2, dtype=torch.int32, device=device)
+        for skip in (False, True):
+            options = {"window": (40, 40), "skip_padded_queries": skip}
+            assert not run(partial(KERNEL, key_spans=spans), believed, **options).out.any(), nowhere
 
 
 def test_the_backward_reads_what_the_forward_found(device: torch.device) -> None:

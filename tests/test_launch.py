@@ -40,7 +40,7 @@ FAULTS = {
     "hooks": [
         launch(
             "hooks are passed by",
-            fragment='return hook is not None and bool(getattr(hook, "calls", True))', replacement="return False",
+            fragment="return bool(hook.calls) if isinstance(hook, knobs.HookChain) else hook is not None", replacement="return False",
         ),
         launch("pre-run hooks are passed by", fragment="not (kernel.pre_run_hooks or ", replacement="not ("),
     ],

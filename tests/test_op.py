@@ -291,3 +291,13 @@ def test_no_grad_and_inference_mode_give_the_same_bits(padding, device):
         with mode():
             got = kernel(*leaves, inputs.key_padding_mask)
         assert torch.equal(got, wanted) and not got.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_made_without_gradients_gives_them_later(device):
+    inputs = make_inputs(1, 1, 9, 9, 8, device=device)
+    traced = torch.jit.trace(lambda q, k, v: kernel(q, k, v), (inputs.query, inputs.key, inputs.value))
+    wanted = torch.autograd.grad(kernel(*(leaves := leaves_of(inputs))).sum(), leaves)
+    got = torch.autograd.grad(traced(*(leaves := leaves_of(inputs))).sum(), leaves)
+    for mine, its in zip(got, wanted, strict=True):
+        assert torch.equal(mine, its)

@@ -5,9 +5,8 @@ and `attention_qkvpacked` take packed ones. On a GPU a fused Triton kernel compu
 CPU the same calls run PyTorch's SDPA under the same contract, and `reference` where SDPA cannot compute them.
 """
 
-from padfree._arguments import key_spans
 from padfree._dispatch import why_not, why_not_device
-from padfree.api import attention, attention_weights
+from padfree.api import attention, attention_weights, key_spans
 from padfree.packed import attention_qkvpacked, attention_varlen
 from padfree.reference import reference, reference_varlen
 

@@ -57,27 +57,6 @@ def padding_of(key_lengths: Tensor, keys: int) -> Tensor:
     return torch.arange(keys, device=key_lengths.device) >= key_lengths[:, None]
 
 
-def key_spans(key_padding_mask: Tensor) -> Tensor:
-    """Where the visible keys of each sequence lie, found once for a mask that many calls of `attention` share.
-
-    Args:
-        key_padding_mask: bool [B, N], [B, 1, N] or [B, 1, 1, N], True = padding.
-
-    Returns:
-        [B, 3] int32: the first visible key, the end of the visible keys, and whether padding lies between (1 or 0). A
-        sequence without a visible key has (0, 0, 0).
-    """
-    padding = key_padding_mask.flatten(1)
-    if padding.shape[1] == 0:
-        return padding.new_zeros((padding.shape[0], 3), dtype=torch.int32)
-    position = torch.arange(1, padding.shape[1] + 1, dtype=torch.int32, device=padding.device)
-    visible = torch.where(padding, 0, position)
-    stop = visible.amax(1)
-    first = torch.where(padding, stop[:, None], position - 1).amin(1)
-    holes = (visible != 0).sum(1, dtype=torch.int32) < stop - first
-    return torch.stack((first, stop, holes.to(torch.int32)), 1)
-
-
 def padding_rows(key_padding_mask: Tensor | None) -> Tensor | None:
     """The [B, N] view of a checked mask of shape [B, N], [B, 1, N] or [B, 1, 1, N]."""
     if key_padding_mask is None or key_padding_mask.ndim == 2:

@@ -104,6 +104,14 @@ def check_qkvpacked(
     _check_options(options)
 
 
+def check_padding_mask(mask: Any) -> None:
+    """Raise unless this is a key_padding_mask of some batch."""
+    _check_tensor("key_padding_mask", mask, "a bool tensor")
+    sizes = tuple(mask.shape)
+    batch, keys = (sizes[0], sizes[-1]) if len(sizes) > 1 else (0, 0)
+    _check_padding_mask(mask, batch, keys, mask.device)
+
+
 def check_lse(lse: Any, query: Tensor) -> None:
     """Raise unless lse is the float [B, H, M] that belongs to query."""
     _check_tensor("lse", lse)

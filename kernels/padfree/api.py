@@ -39,8 +39,8 @@ def attention(
         key_lengths: int32 [B] on query's device, in place of a mask for padding on the right: keys at key_lengths[b] or
             beyond are padding. The kernel then reads no mask. As in FlashAttention's `seqused_k` the values are not read on
             the host, so a wrong one cannot be reported: below 0 it counts as 0, beyond N as N.
-        key_spans: int32 [B, 3], what `padfree.key_spans` makes of key_padding_mask, which is then read at the ends of
-            sequences only. Values that do not belong to the mask give wrong results, but read nothing that is not there.
+        key_spans: int32 [B, 3], what `padfree.key_spans` makes of key_padding_mask, which no program then searches for
+            its ends. Values that do not belong to the mask give wrong results, but read nothing that is not there.
         attn_mask: broadcastable to [B, H, M, N]. bool: **True = not allowed**, also as in `nn.MultiheadAttention`.
             Float: added to the scores, and differentiable. Unlike padding, a key hidden this way must hold finite
             numbers.
@@ -118,3 +118,29 @@ def attention_weights(
         scores = scale_of(query, scale) * (query @ key.to(lse.dtype).transpose(-2, -1))
     weights = torch.exp(scores - lse.masked_fill(~live, 0)).masked_fill(~live, 0)
     return weights if padding is None else weights.masked_fill(padding[:, None, None, :], 0)
+
+
+def key_spans(key_padding_mask: Tensor) -> Tensor:
+    """Where the visible keys of each sequence lie, found once for a mask that many calls of `attention` share.
+
+    Args:
+        key_padding_mask: bool [B, N], [B, 1, N] or [B, 1, 1, N], True = padding.
+
+    Raises:
+        TypeError, ValueError: it is no such mask.
+
+    Returns:
+        [B, 3] int32: the first visible key, the end of the visible keys, and whether padding lies between (1 or 0). A
+        sequence without a visible key has (0, 0, 0).
+    """
+    _checks.check_padding_mask(key_padding_mask)
+    padding = padding_rows(key_padding_mask)
+    assert padding is not None
+    if padding.shape[1] == 0:
+        return padding.new_zeros((padding.shape[0], 3), dtype=torch.int32)
+    position = torch.arange(1, padding.shape[1] + 1, dtype=torch.int32, device=padding.device)
+    visible = torch.where(padding, 0, position)
+    stop = visible.amax(1)
+    first = torch.where(padding, stop[:, None], position - 1).amin(1)
+    holes = (visible != 0).sum(1, dtype=torch.int32) < stop - first
+    return torch.stack((first, stop, holes.to(torch.int32)), 1)

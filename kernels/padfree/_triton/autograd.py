@@ -231,9 +231,9 @@ def run_qkvpacked(qkv: Tensor, call: Arguments, options: KernelOptions) -> tuple
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd must know of the call; a Function that nobody asks for a gradient costs a third of its time.
 
-    Forward mode counts, since only the Function refuses it.
+    Forward mode counts, since only the Function refuses it, and so does a trace, which may be run with other tensors.
     """
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -18,7 +18,7 @@ from padfree._triton.launch import Pointed
 OPEN = -1
 MAX_PROGRAMS = 2**31 - 1
 LOG2E = math.log2(math.e)
-# Bytes that heads launched side by side may share in the L2: a third of an H100's, and half of an A100's.
+# Bytes that heads launched side by side may share in the L2: a third of an H100's, two fifths of an A100's.
 L2_BYTES = 16 * 2**20
 
 
@@ -245,7 +245,7 @@ def _as_one_row(lengths: Tensor | None) -> Tensor | None:
 def heads_together(rows: int, head_dim: int, itemsize: int) -> int:
     """How many heads to launch side by side, so that the two tensors that their programs share stay in the L2.
 
-    A power of two of at least 16, which Triton compiles for once.
+    A power of two of at least 16, which Triton compiles for once; of long sequences 16 heads share more than the L2 holds.
     """
     shared = 2 * max(rows, 1) * head_dim * itemsize
     return 1 << (max(16, L2_BYTES // shared).bit_length() - 1)

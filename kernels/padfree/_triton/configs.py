@@ -60,6 +60,7 @@ _TWO_STATES = "it holds its own sum beside the scores and their gradient: half t
 _H200 = "measured on an H200 (NOTES.md, 2026-11-27): a third stage hides more of the memory's latency, and of narrow tiles more fit"
 _IN_FLIGHT = "measured on an H200 (NOTES.md, 2026-11-27): the last tile is loaded while others are computed, and a fourth block fits"
 _X3 = "measured on an H200 (NOTES.md, 2026-11-27); wgmma wants 64 rows"
+_X3_BETWEEN = "as at heads of 16 or 64, not measured; wgmma wants 64 rows"
 _LANES = "4096 elements of K a tile: 32 accumulators a thread"
 
 TABLE: dict[Key, list[Row]] = {
@@ -102,7 +103,7 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
     ("forward", "tf32x3", 16): [Row(Config(64, 64, 4, 2), _X3)],
-    ("forward", "tf32x3", 32): [Row(Config(64, 64, 4, 1), _X3)],
+    ("forward", "tf32x3", 32): [Row(Config(64, 64, 4, 1), _X3_BETWEEN)],
     ("forward", "tf32x3", 64): [
         Row(Config(64, 32, 4, 1), "64 keys are a tenth faster on an H200, but their longer sums err more")
     ],
@@ -133,7 +134,7 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
     ("query_gradient", "tf32x3", 16): [Row(Config(64, 32, 4, 1), _X3)],
-    ("query_gradient", "tf32x3", 32): [Row(Config(64, 32, 4, 1), _X3)],
+    ("query_gradient", "tf32x3", 32): [Row(Config(64, 32, 4, 1), _X3_BETWEEN)],
     ("query_gradient", "tf32x3", 64): [Row(Config(128, 16, 8, 1), _SPLIT)],
     ("key_gradient", "half", 16): [
         Row(Config(64, 64, 4, 3), _H200, 1024, (90,), plain=True),
@@ -181,7 +182,7 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(16, 16, 8, 1), _IEEE),
     ],
     ("key_gradient", "tf32x3", 16): [Row(Config(32, 64, 4, 1), _X3)],
-    ("key_gradient", "tf32x3", 32): [Row(Config(32, 64, 4, 1), _X3)],
+    ("key_gradient", "tf32x3", 32): [Row(Config(32, 64, 4, 1), _X3_BETWEEN)],
     ("key_gradient", "tf32x3", 64): [Row(Config(16, 64, 4, 1), _SPLIT)],
     ("attn_mask_gradient", "half", 16): [
         Row(Config(32, 32, 8, 1), _CDNA, arch=(GFX942,)),

@@ -135,7 +135,7 @@ def _may_go_directly(kernel: Any) -> bool:
 
 def _is_set(hook: Any) -> bool:
     """Whether a hook does anything: Triton's default is a chain without members."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+    return bool(hook.calls) if isinstance(hook, knobs.HookChain) else hook is not None
 
 
 def _make_room(kept: dict[tuple[Any, ...], Any]) -> None:

@@ -175,7 +175,8 @@ def visible_keys(inputs, sequence):
     else:
         span = inputs.spans_ptr + sequence.b * 3
         # The caller may have made them: no key is read that is not there.
-        first, stop = tl.maximum(tl.load(span), 0), tl.minimum(tl.load(span + 1), sequence.keys)
+        first = tl.minimum(tl.maximum(tl.load(span), 0), sequence.keys)
+        stop = tl.maximum(tl.minimum(tl.load(span + 1), sequence.keys), first)
         return Visible(first, stop, tl.load(span + 2) != 0)
 
 

@@ -14,7 +14,7 @@ from padfree.reference import in_window
 # As `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them.
 PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
-# Where a mask that `for_one_forward` made carries its Padding.
+# Where a mask that `for_one_forward` made carries what is known of it, a Known.
 FOUND = "padfree_padding"
 
 
@@ -25,28 +25,44 @@ class Padding(NamedTuple):
     spans: Tensor | None
 
 
+class Known(NamedTuple):
+    """The padding of a mask, if found, at which version of its numbers, and whether a CUDA graph was being captured."""
+
+    capturing: bool
+    version: int = -1
+    padding: Padding | None = None
+
+
 def for_one_forward(attention_mask: Tensor | None) -> Tensor | None:
     """The same mask as a tensor of its own, on which the layers of this forward leave what the first has found out.
 
-    Of its own, because a caller may write other numbers into the same tensor for the next forward, or replay a graph.
+    Of its own, because a caller may write other numbers into the same tensor for the next forward, or replay a graph of the
+    whole model. Who keeps the mask for several forwards may write into it too: its version tells. A graph of layers alone
+    may not use what was found outside of it.
     """
     if attention_mask is None or attention_mask.ndim != 2 or torch.compiler.is_compiling():
         return attention_mask
     mask = attention_mask.view_as(attention_mask)
-    setattr(mask, FOUND, None)
+    setattr(mask, FOUND, Known(_is_capturing(mask)))
     return mask
 
 
 def padding_of(mask: Tensor, to_key_padding_mask: Callable[[Tensor], Tensor]) -> Padding:
     """The padding in a [B, N] mask: worked out once where `for_one_forward` made it, else in every layer anew."""
-    if not hasattr(mask, FOUND):
+    known: Known | None = getattr(mask, FOUND, None)
+    # A tensor of inference mode has no version.
+    if known is None or mask.is_inference() or known.capturing != _is_capturing(mask):
         return Padding(to_key_padding_mask(mask), None)
-    found: Padding | None = getattr(mask, FOUND)
-    if found is None:
-        padding = to_key_padding_mask(mask)
-        found = Padding(padding, padfree.key_spans(padding))
-        setattr(mask, FOUND, found)
+    if known.padding is not None and known.version == mask._version:
+        return known.padding
+    padding = to_key_padding_mask(mask)
+    found = Padding(padding, padfree.key_spans(padding))
+    setattr(mask, FOUND, known._replace(version=mask._version, padding=found))
     return found
+
+
+def _is_capturing(mask: Tensor) -> bool:
+    return mask.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def window_of(module: nn.Module, mask: Tensor | None, sliding_window: int | None) -> tuple[int, int] | None:

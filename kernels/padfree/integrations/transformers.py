@@ -109,7 +109,7 @@ def attention_mask_for(
 ) -> Tensor | None:
     """transformers' mask interface: the mask that `attention_forward` will get.
 
-    Plain padding stays the tokenizer's [B, N] mask, untouched, so that the host waits for nothing and no [B, 1, M, N]
+    Plain padding stays the tokenizer's [B, N] mask, as a view, so that the host waits for nothing and no [B, 1, M, N]
     mask is built; but only in models written for such masks, since others reshape or add to what they are given.
     Causal, packed and other masks become sdpa's, always written out: a layer that is told nothing sees everything.
     Classes that ignore the name, do not support sdpa or are not known get eager's.
