@@ -11,6 +11,7 @@ autograd = partial(Fault, file="_triton/autograd.py")
 checks = partial(Fault, file="_checks.py")
 arguments = partial(Fault, file="_arguments.py")
 packed = partial(Fault, file="packed.py")
+api = partial(Fault, file="api.py")
 dispatch = partial(Fault, file="_dispatch.py")
 
 FAULTS = [
@@ -173,7 +174,7 @@ FAULTS = [
         "a key at its sequence's length is visible", "lengths",
         fragment='>= key_lengths[:, None]', replacement='> key_lengths[:, None]',
     ),
-    arguments(
+    api(
         "holes are not found on the host", "lengths",
         fragment='.sum(1, dtype=torch.int32) < stop - first', replacement='.sum(1, dtype=torch.int32) < 0',
     ),
