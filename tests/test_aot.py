@@ -299,7 +299,7 @@ def test_a_planted_branch_around_the_products_is_found(version: str, tmp_path: P
         maxsplit=2,
     )
     branch = (
-        "    see = tl.max(keep_n.to(tl.int32), 0) > 0 if MASKED else True\n"
+        "    see = tl.max(keep_n.to(tl.int32), 0) > 0 if HIDDEN != NOTHING else True\n"
         "    acc, row_max, row_sum = state.acc, state.row_max, state.row_sum\n"
         "    if see:\n"
     )

@@ -24,6 +24,7 @@ HEADLINE = tune.questions(tune.HEADLINE, ",".join(tune.PASSES))
 # The hash is Triton's name for a compiled kernel, in its cache too: made of source, types, divisibility and constants.
 SAME_KERNELS = """
 import torch
+from padfree._arguments import Arguments, Options
 from padfree._triton import autograd
 from padfree_bench.compiled.aot import compile_only
 from padfree_bench.compiled.aot_calls import KERNELS
@@ -36,7 +37,8 @@ asked = questions({case!r}, ",".join(PASSES))
 inputs = make_inputs(asked[0].case, "cpu")
 leaves = [x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value)]
 with compile_only(90, tuple(KERNELS[name][0] for name in PASSES)) as launched:
-    out, _ = autograd.run(*leaves, inputs.padding, None, autograd.KernelOptions.of(inputs.query, None, 0.0, None, True))
+    options = autograd.KernelOptions.of(inputs.query, None, 0.0, None, True)
+    out, _ = autograd.run(Arguments(*leaves, inputs.padding, None, Options()), options)
     torch.autograd.grad(out, leaves, inputs.d_out)
 for question, kernel in zip(asked, launched, strict=True):
     mine = compile_candidate(question.passname, question.case, question.row().config)

@@ -17,7 +17,7 @@ from torch import Tensor
 import padfree
 from padfree._triton import operators
 from padfree._triton.backward import launch_backward
-from padfree._triton.call import Call
+from padfree._triton.call import Call, heads_together
 from padfree._triton.configs import choose
 from sanitizer import sanitize
 from sanitizer._memory import MAP_NORESERVE
@@ -183,9 +183,11 @@ def test_lse_rows_beyond_32_bits_are_written_by_sampled_programs() -> None:
     query = torch.zeros(1, 1, 1, 1).half().expand(batch, heads, queries, 1)
     key = torch.zeros(batch, 1, 1, 1).half().expand(batch, heads, 5, 1)
     config = choose("forward", torch.float16, 1, 5, query.device)
-    last = -(-queries // config.block_m) * batch * heads - 1
-    # tiles of the highest rows come first, so the highest row of the last head is program batch * heads - 1
-    with sanitize(programs=[(0, 0, 0), (batch * heads - 1, 0, 0), (last, 0, 0)]) as report:
+    tiles, together = -(-queries // config.block_m), heads_together(queries, 1, 2)
+    # tiles of the highest rows come first in a group of heads: the last group begins with the highest rows of its heads
+    highest_of_last = (batch * heads - together) * tiles + together - 1
+    last = tiles * batch * heads - 1
+    with sanitize(programs=[(0, 0, 0), (highest_of_last, 0, 0), (last, 0, 0)]) as report:
         _, lse2, _ = operators._forward(query, key, key, *[None] * 7, queries, 5, 1.0, 0.0, -1, -1, False)
     assert not report.findings and report.total["programs"] == 3
     expected = torch.tensor(5.0).log2()

@@ -65,14 +65,7 @@ _LANES = "4096 elements of K a tile: 32 accumulators a thread"
 
 TABLE: dict[Key, list[Row]] = {
     ("forward", "half", 16): [Row(Config(64, 64, 4, 3), _SHORT)],
-    ("forward", "half", 32): [
-        Row(
-            Config(64, 64, 8, 2),
-            "4 warps, or a third stage, keep 8 to 16 bytes on the stack there",
-            arch=(80, 86, 89),
-        ),
-        Row(Config(64, 64, 4, 3), _SHORT),
-    ],
+    ("forward", "half", 32): [Row(Config(64, 64, 4, 3), _SHORT)],
     ("forward", "half", 64): [
         Row(Config(64, 64, 4, 3, one_loop=True), _IN_FLIGHT, 1024, (90,), plain=True, known=True),
         Row(Config(64, 64, 4, 3), _SHORT, 1024),
