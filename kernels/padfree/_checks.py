@@ -107,9 +107,9 @@ def check_qkvpacked(
 def check_padding_mask(mask: Any) -> None:
     """Raise unless this is a key_padding_mask of some batch."""
     _check_tensor("key_padding_mask", mask, "a bool tensor")
-    sizes = tuple(mask.shape)
-    batch, keys = (sizes[0], sizes[-1]) if len(sizes) > 1 else (0, 0)
-    _check_padding_mask(mask, batch, keys, mask.device)
+    if mask.ndim < 2:
+        raise ValueError(f"key_padding_mask must have shape [B, N], got {list(mask.shape)}")
+    _check_padding_mask(mask, mask.shape[0], mask.shape[-1], mask.device)
 
 
 def check_lse(lse: Any, query: Tensor) -> None:

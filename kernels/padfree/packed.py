@@ -93,8 +93,7 @@ def attention_qkvpacked(
         from padfree._triton.autograd import KernelOptions, run_qkvpacked
 
         kernel_options = KernelOptions.of(qkv, scale, dropout_p, window, skip_padded_queries)
-        call = Arguments(*split_qkv(qkv), padding, None, options, packing, key_lengths)
-        out, lse2 = run_qkvpacked(qkv, call, kernel_options)
+        out, lse2 = run_qkvpacked(qkv, padding, key_lengths, kernel_options, packing)
         lse = lse2 * LN2 if return_lse else None
     out = out.transpose(1, 2)
     if packing is not None:

@@ -180,6 +180,6 @@ FAULTS = [
     ),
     packed(
         "lengths of a fused buffer are not handed on", "lengths",
-        fragment='padding, None, options, packing, key_lengths)\n        out, lse2', replacement='padding, None, options, packing, None)\n        out, lse2',
+        fragment="run_qkvpacked(qkv, padding, key_lengths, ", replacement="run_qkvpacked(qkv, padding, None, ",
     ),
 ]  # fmt: skip

@@ -135,19 +135,13 @@ def launch_attn_mask_gradient(
     """Write the gradient of call.attn_mask, in its own 4-D shape and dtype, into `d_mask`, in one launch."""
     if d_mask.numel() == 0:
         return
+    tensors = {"lse2": lse2, "d_out": d_out, "delta_ptr": delta, "inverse_ptr": inverse}
 
     def describe() -> Launch:
         config = call.config("attn_mask_gradient")
         batch, heads, rows, keys = d_mask.shape
         grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(keys, config.block_n) * batch * heads,)
-        arguments = {
-            "inputs": call.inputs,
-            "lse2": call.view(lse2),
-            "d_out": call.view(d_out),
-            "delta_ptr": delta,
-            "inverse_ptr": inverse,
-            "d_mask": MaskGradient(d_mask, batch, heads, rows, keys),
-        }
-        return Launch(grid, call.options(config, d_out), arguments)
+        gradient = MaskGradient(d_mask, batch, heads, rows, keys)
+        return Launch(grid, call.options(config, d_out), call.arguments(tensors) | {"d_mask": gradient})
 
-    launch(attn_mask_gradient_kernel, describe, call, None, lse2, d_out, delta, inverse, d_mask)
+    launch(attn_mask_gradient_kernel, describe, call, None, *tensors.values(), d_mask)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from padfree._arguments import Arguments, Window, split_qkv
+from padfree._arguments import Arguments, Options, Packing, Window, split_qkv
 from padfree._triton.call import OPEN
 from padfree._triton.operators import TENSORS, ops
 
@@ -214,11 +214,17 @@ def run(call: Arguments, options: KernelOptions) -> tuple[Tensor, Tensor]:
     return ops.forward(query, key, value, padding, attn_mask, *numbers)[:2]
 
 
-def run_qkvpacked(qkv: Tensor, call: Arguments, options: KernelOptions) -> tuple[Tensor, Tensor]:
-    """Compute a checked call on views of one qkv buffer: (out in the padded form, lse2)."""
+def run_qkvpacked(
+    qkv: Tensor,
+    padding: Tensor | None,
+    key_lengths: Tensor | None,
+    options: KernelOptions,
+    packing: Packing | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute one checked qkv buffer: (out in the padded form, lse2)."""
     if options.scale <= 0 or torch._C._are_functorch_transforms_active():
+        call = Arguments(*split_qkv(qkv), padding, None, Options(), packing, key_lengths)
         return run(call, options)
-    padding, packing, key_lengths = call.padding, call.packing, call.key_lengths
     cu_q, cu_k, max_q, max_k = packing or (None, None, qkv.shape[1], qkv.shape[1])
     cu_q, cu_k = distinct(cu_q, cu_k)
     seed = dropout_seed(qkv, options)

@@ -1,6 +1,7 @@
 """The host side that every kernel shares: one description of a call, and the arguments all kernels take."""
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -154,6 +155,14 @@ class Call:
             return ABSENT
         strides = tensor.stride()
         return View(tensor, strides if self.cu_seqlens_q is None else (0, *strides[1:]))
+
+    def arguments(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        """What a kernel takes beside its TILE: the inputs, and the launch's own tensors, by the names of its parameters.
+
+        Those that end in `_ptr` are handed over as they are, the others as a View.
+        """
+        own = {name: x if name.endswith("_ptr") else self.view(x) for name, x in tensors.items()}
+        return {"inputs": self.inputs, **own}
 
     @cached_property
     def numbers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

@@ -1,8 +1,8 @@
 """Launch configurations: one readable table, no timing at run time, no GPU query at import.
 
-A row is keyed by (pass, dtype kind, padded head_dim), fp32 by how it is multiplied (`dtype_kind`); of the rows whose `arch`, `max_length` and `plain` admit the call
-the first one wins, so special rows stand before general ones and the last row of a key is its fallback. An
-architecture without rows of its own takes the general ones. "There" in a reason means on the row's architectures
+A row is keyed by (pass, dtype kind, padded head_dim), fp32 by how it is multiplied (`dtype_kind`); of the rows whose
+`arch`, `max_length`, `plain` and `known` admit the call the first one wins, so special rows stand before general ones and
+the last row of a key is its fallback. An architecture without rows of its own takes the general ones. "There" in a reason means on the row's architectures
 under Triton 3.6.0 or 3.7.1. DESIGN.md, "Configurations", says how a row earns its place; `python -m bench tune`
 proposes rows from measurements.
 """
@@ -298,7 +298,8 @@ def choose(
 ) -> Config:
     """The configuration of one call: that of its row, narrowed where it holds more than a tile of scores.
 
-    `length` is the padded (or maximal) number of keys; `known`: each sequence's own is known before the launch. Each of the `extras` (attn_mask, dropout, a window at a wide head or
+    `length` is the padded (or maximal) number of keys; `known`: each sequence's own is known before the launch. Each of the
+    `extras` (attn_mask, dropout, a window at a wide head or
     grouped heads, unaligned rows) holds registers beside a tile of scores. With any of them a pass of WALKS takes half
     the step along the side it walks, a quarter if rows are unaligned and something else is held, but at least 16. In half
     precision it takes one stage, because beside a pipeline ptxas serializes the matrix instructions of many such calls

@@ -115,15 +115,13 @@ def launch_forward(call: Call, config: Config | None = None) -> tuple[Tensor, Te
     out, lse2, found = call.empty_like(call.query), call.empty_lse2(), call.empty_spans()
     if call.is_empty:
         return out, lse2, found
+    tensors = {"out": out, "lse2": lse2, "found_ptr": found}
 
     def describe() -> Launch:
         chosen = config or call.config("forward")
-        arguments = {
-            "inputs": call.inputs, "out": call.view(out), "lse2": call.view(lse2), "found_ptr": found,
-        }  # fmt: skip
         grid = call.grid(call.max_q, chosen.block_m, call.heads)
-        return Launch(grid, call.options(chosen, out), arguments)
+        return Launch(grid, call.options(chosen, out), call.arguments(tensors))
 
     with on_device(call.query):
-        launch(attention_forward_kernel, describe, call, config, out, lse2, found)
+        launch(attention_forward_kernel, describe, call, config, *tensors.values())
     return out, lse2, found

@@ -188,19 +188,13 @@ def launch_key_gradient(
     config: Config | None = None,
 ) -> None:
     """Write dk and dv in one launch, on the current device."""
+    tensors = {
+        "lse2": lse2, "d_out": d_out, "delta_ptr": delta, "inverse_ptr": inverse, "dk": dk, "dv": dv,
+    }  # fmt: skip
 
     def describe() -> Launch:
         chosen = config or call.config("key_gradient")
-        arguments = {
-            "inputs": call.inputs,
-            "lse2": call.view(lse2),
-            "d_out": call.view(d_out),
-            "delta_ptr": delta,
-            "inverse_ptr": inverse,
-            "dk": call.view(dk),
-            "dv": call.view(dv),
-        }
         grid = call.grid(call.max_k, chosen.block_n, call.kv_heads)
-        return Launch(grid, call.options(chosen, d_out, dk, dv), arguments)
+        return Launch(grid, call.options(chosen, d_out, dk, dv), call.arguments(tensors))
 
-    launch(key_gradient_kernel, describe, call, config, lse2, d_out, delta, inverse, dk, dv)
+    launch(key_gradient_kernel, describe, call, config, *tensors.values())

@@ -147,22 +147,14 @@ def launch_query_gradient(
     config: Config | None = None,
 ) -> None:
     """Write dq, delta and, where given, inverse and corrected_delta, in one launch on the current device."""
+    tensors = {
+        "out": out, "lse2": lse2, "d_out": d_out, "d_lse2": d_lse2, "delta_ptr": delta, "inverse_ptr": inverse,
+        "corrected_delta_ptr": corrected_delta, "dq": dq,
+    }  # fmt: skip
 
     def describe() -> Launch:
         chosen = config or call.config("query_gradient")
-        arguments = {
-            "inputs": call.inputs,
-            "out": call.view(out),
-            "lse2": call.view(lse2),
-            "d_out": call.view(d_out),
-            "d_lse2": call.view(d_lse2),
-            "delta_ptr": delta,
-            "inverse_ptr": inverse,
-            "corrected_delta_ptr": corrected_delta,
-            "dq": call.view(dq),
-        }
         grid = call.grid(call.max_q, chosen.block_m, call.heads)
-        return Launch(grid, call.options(chosen, out, d_out, dq), arguments)
+        return Launch(grid, call.options(chosen, out, d_out, dq), call.arguments(tensors))
 
-    own = out, lse2, d_out, d_lse2, delta, inverse, corrected_delta, dq
-    launch(query_gradient_kernel, describe, call, config, *own)
+    launch(query_gradient_kernel, describe, call, config, *tensors.values())

@@ -186,16 +186,14 @@ def launch_single_query_forward(call: Call) -> tuple[Tensor, Tensor, Tensor | No
     out, lse2, found = call.empty_like(call.query), call.empty_lse2(), call.empty_spans()
     if call.is_empty:
         return out, lse2, found
+    tensors = {"out": out, "lse2": lse2, "found_ptr": found}
 
     def describe() -> Launch:
-        arguments = {
-            "inputs": call.inputs, "out": call.view(out), "lse2": call.view(lse2), "found_ptr": found,
-        }  # fmt: skip
         options = call.options(call.config("single_query"), out)
-        return Launch(call.grid(1, 1, call.heads), options, arguments)
+        return Launch(call.grid(1, 1, call.heads), options, call.arguments(tensors))
 
     with on_device(call.query):
-        launch(single_query_forward_kernel, describe, call, None, out, lse2, found)
+        launch(single_query_forward_kernel, describe, call, None, *tensors.values())
     return out, lse2, found
 
 
@@ -210,23 +208,13 @@ def launch_single_query_backward(
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Write dq, dk and dv of a call with max_q = 1 and no grouped heads and, where given, delta and inverse, in one launch."""
-    dq, dk, dv = grads
+    tensors = {
+        "out": out, "lse2": lse2, "d_out": d_out, "d_lse2": d_lse2, "delta_ptr": delta, "inverse_ptr": inverse,
+        **dict(zip(("dq", "dk", "dv"), grads, strict=True)),
+    }  # fmt: skip
 
     def describe() -> Launch:
-        arguments = {
-            "inputs": call.inputs,
-            "out": call.view(out),
-            "lse2": call.view(lse2),
-            "d_out": call.view(d_out),
-            "d_lse2": call.view(d_lse2),
-            "delta_ptr": delta,
-            "inverse_ptr": inverse,
-            "dq": call.view(dq),
-            "dk": call.view(dk),
-            "dv": call.view(dv),
-        }
         options = call.options(call.config("single_query"), out, d_out, *grads)
-        return Launch(call.grid(1, 1, call.heads), options, arguments)
+        return Launch(call.grid(1, 1, call.heads), options, call.arguments(tensors))
 
-    own = out, lse2, d_out, d_lse2, delta, inverse, *grads
-    launch(single_query_backward_kernel, describe, call, None, *own)
+    launch(single_query_backward_kernel, describe, call, None, *tensors.values())

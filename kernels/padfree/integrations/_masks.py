@@ -47,7 +47,7 @@ def for_one_forward(attention_mask: Tensor | None) -> Tensor | None:
     return mask
 
 
-def padding_of(mask: Tensor, to_key_padding_mask: Callable[[Tensor], Tensor]) -> Padding:
+def known_padding(mask: Tensor, to_key_padding_mask: Callable[[Tensor], Tensor]) -> Padding:
     """The padding in a [B, N] mask: worked out once where `for_one_forward` made it, else in every layer anew."""
     known: Known | None = getattr(mask, FOUND, None)
     # A tensor of inference mode has no version.

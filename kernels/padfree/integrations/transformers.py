@@ -288,7 +288,7 @@ def _padding_and_bias(
     if mask is None:
         return (None, None), position_bias
     if mask.ndim == 2:
-        return _masks.padding_of(mask, to_key_padding_mask), position_bias
+        return _masks.known_padding(mask, to_key_padding_mask), position_bias
     if not mask.is_floating_point():
         return (to_key_padding_mask(mask[:, 0, 0]), None), position_bias
     mask = mask.to(dtype)
