@@ -29,7 +29,10 @@ kernel, judged, wrong = partial(padfree.attention, impl="triton"), 0, []
 reasons = [padfree.why_not(torch.empty(0, dtype=dtype)) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 for dtype in (torch.float32, torch.float16) if reasons[0] is None else ():
     for padding in ("right", "holes", "zero_keys"):
-        inputs = make_inputs(2, 1, 17, 17, 8, dtype=dtype, padding=padding, lse_gradient=True)
+        # Eight draws, as on a GPU: how numpy sums a product depends on the processor, and 272 elements tell too little.
+        inputs = [
+            make_inputs(2, 1, 17, 17, 8, dtype=dtype, padding=padding, lse_gradient=True, seed=seed) for seed in range(8)
+        ]
         judged += 1
         try:
             assert_matches_reference(kernel, inputs)

@@ -5,6 +5,7 @@ from functools import partial
 from faults.fault import Fault
 
 tiles = partial(Fault, file="_triton/tiles.py")
+spans = partial(Fault, file="_triton/spans.py")
 scores = partial(Fault, file="_triton/scores.py")
 single = partial(Fault, file="_triton/single_query.py")
 
@@ -13,11 +14,11 @@ FAULTS = [
         "log2(e) is cut to four digits", "constants",
         fragment="1.4426950408889634", replacement="1.4427",
     ),
-    tiles(
+    spans(
         "the mask's polarity is inverted", "mask",
         fragment="tl.load(ptrs, mask=keep_n, other=1) == 0)", replacement="tl.load(ptrs, mask=keep_n, other=1) != 0)",
     ),
-    tiles(
+    spans(
         "one key past the end is visible", "bounds",
         fragment="keep_n = n < stop\n", replacement="keep_n = n <= stop\n",
     ),
@@ -65,7 +66,7 @@ FAULTS = [
         fragment="ptrs = attn_mask.ptr + m.to(tl.int64) * attn_mask.strides[2] + n.to(tl.int64) * attn_mask.strides[3]",
         replacement="ptrs = attn_mask.ptr + (m * attn_mask.strides[2] + n * attn_mask.strides[3]).to(tl.int32)",
     ),
-    tiles(
+    spans(
         "padding offsets are 32 bits wide", "offset width",
         fragment="n.to(tl.int64) * padding.strides[1]", replacement="(n * padding.strides[1]).to(tl.int32)",
     ),
@@ -85,21 +86,21 @@ FAULTS = [
         "columns past the head_dim are stored", "bounds",
         fragment="mask=in_r[:, None] & in_d)", replacement="mask=in_r[:, None])",
     ),
-    tiles(
+    spans(
         "the mask is scanned in its first block only", "mask",
         fragment="for start in range(0, num_keys, SCAN_BLOCK):", replacement="for start in range(0, SCAN_BLOCK, SCAN_BLOCK):",
     ),
-    tiles(
+    spans(
         "holes are not noticed", "mask",
         fragment="Visible(first, stop, count < stop - first)", replacement="Visible(first, stop, count < 0)",
     ),
-    tiles(
+    spans(
         "the first visible key is skipped", "mask",
-        fragment="first = num_keys - tl.max(backs, 0)", replacement="first = num_keys - tl.max(backs, 0) + 1",
+        fragment="first = tl.min(firsts, 0)", replacement="first = tl.min(firsts, 0) + 1",
     ),
-    tiles(
+    spans(
         "the last visible key is skipped", "mask",
-        fragment="stops = tl.where(keep_n, n + 1, stops)", replacement="stops = tl.where(keep_n, n, stops)",
+        fragment="stop, count = tl.max(lasts, 0) + 1,", replacement="stop, count = tl.max(lasts, 0),",
     ),
     scores(
         "the window's left side is off by one", "window",
@@ -109,15 +110,15 @@ FAULTS = [
         "the window's right side is off by one", "window",
         fragment="n <= m + window.right", replacement="n < m + window.right",
     ),
-    tiles(
+    spans(
         "the window's last tile is cut", "window",
         fragment="hi = tl.minimum(stop, own_last + after + 1)", replacement="hi = tl.minimum(stop, own_last + after)",
     ),
-    tiles(
+    spans(
         "a tile that the window cuts on the right counts as full", "window",
         fragment="full_stop = tl.minimum(stop, own_first + after + 1)", replacement="full_stop = tl.minimum(stop, own_last + after + 1)",
     ),
-    tiles(
+    spans(
         "a tile that the window cuts on the left counts as full", "window",
         fragment="tl.cdiv(tl.maximum(own_last - before - first, 0), BLOCK) * BLOCK", replacement="tl.maximum(own_last - before - first, 0) // BLOCK * BLOCK",
     ),
@@ -192,7 +193,7 @@ FAULTS = [
         "keys past the end reach an attn_mask tile", "bounds",
         fragment="in_mn = rows.live_m[:, None] & (n < stop)[None, :]", replacement="in_mn = rows.live_m[:, None] & (n <= stop)[None, :]",
     ),
-    tiles(
+    spans(
         "tiles with holes are taken for full ones", "mask",
         fragment="m_first, m_last, first, stop, holes, window.left", replacement="m_first, m_last, first, stop, m_first < 0, window.left",
     ),
@@ -200,11 +201,11 @@ FAULTS = [
         "edge tiles are not masked", "mask",
         fragment="if keep_n is not None:\n        scores = hide_keys", replacement="if False:\n        scores = hide_keys",
     ),
-    tiles(
+    spans(
         "the tiles left of the window's full ones are skipped", "window",
         fragment="tl.range(span.lo, span.full_lo, BLOCK, num_stages=1)", replacement="tl.range(span.lo, span.lo, BLOCK, num_stages=1)",
     ),
-    tiles(
+    spans(
         "the edge tiles on the right are skipped", "window",
         fragment="tl.range(span.full_hi, span.hi, BLOCK, num_stages=1)", replacement="tl.range(span.full_hi, span.full_hi, BLOCK, num_stages=1)",
     ),
@@ -212,7 +213,7 @@ FAULTS = [
         "sequence 0's padding hides every sequence's keys", "addressing",
         fragment="padding_start = b * inputs.padding.strides[0]", replacement="padding_start = 0 * inputs.padding.strides[0]",
     ),
-    tiles(
+    spans(
         "the mask's last stride is taken as 1", "addressing",
         fragment="n.to(tl.int64) * padding.strides[1]", replacement="n.to(tl.int64)",
     ),
@@ -247,7 +248,7 @@ FAULTS = [
         "batch and head are 32 bits wide", "offset width",
         fragment="(bh // heads).to(tl.int64), (bh % heads).to(tl.int64)", replacement="bh // heads, bh % heads",
     ),
-    tiles(
+    spans(
         "tiles of skipped queries at the sequence's first key are cut", "mask",
         fragment="(m_first < stop) & (m_last >= first)", replacement="(m_first < stop) & (m_first >= first)",
     ),
@@ -265,7 +266,7 @@ FAULTS = [
     ),
     tiles(
         "a length beyond the keys is believed", "lengths",
-        fragment='tl.minimum(tl.maximum(tl.load(sizes.key_lengths_ptr + b), 0), key_rows)', replacement='tl.maximum(tl.load(sizes.key_lengths_ptr + b), 0)',
+        fragment='tl.minimum(tl.maximum(tl.load(sizes.key_lengths_ptr + b), 0), key_rows)', replacement='tl.minimum(tl.maximum(tl.load(sizes.key_lengths_ptr + b), 0), key_rows + 64)',
     ),
     tiles(
         "every sequence has the first one's length", "lengths",
@@ -275,35 +276,35 @@ FAULTS = [
         "one key beyond a length is visible", "lengths",
         fragment='tl.load(sizes.key_lengths_ptr + b), 0)', replacement='tl.load(sizes.key_lengths_ptr + b) + 1, 0)',
     ),
-    tiles(
+    spans(
         "every sequence has the first one's span", "lengths",
         fragment='span = inputs.spans_ptr + sequence.b * 3', replacement='span = inputs.spans_ptr',
     ),
-    tiles(
+    spans(
         "a span that ends beyond the keys is believed", "lengths",
-        fragment='tl.minimum(tl.load(span + 1), sequence.keys)', replacement='tl.load(span + 1)',
+        fragment='tl.minimum(tl.load(span + 1), sequence.keys)', replacement='tl.minimum(tl.load(span + 1), sequence.keys + 64)',
     ),
-    tiles(
+    spans(
         "a span that begins before the keys is believed", "lengths",
-        fragment='tl.maximum(tl.load(span), 0)', replacement='tl.load(span)',
+        fragment='tl.maximum(tl.load(span), 0)', replacement='tl.maximum(tl.load(span), -64)',
     ),
-    tiles(
+    spans(
         "a span's holes are not read", "lengths",
         fragment='tl.load(span + 2) != 0)', replacement='tl.load(span + 2) < 0)',
     ),
-    tiles(
+    spans(
         "holes that were found are not stored", "lengths",
         fragment='visible.holes.to(tl.int32), mask', replacement='visible.holes.to(tl.int32) * 0, mask',
     ),
-    tiles(
+    spans(
         "one loop hides no key", "one loop",
         fragment='END if TILE.ONE_LOOP else NOTHING', replacement='NOTHING',
     ),
-    tiles(
+    spans(
         "one loop leaves holes out", "one loop",
         fragment='if LAST_EDGE or not TILE.ONE_LOOP:', replacement='if not TILE.ONE_LOOP:',
     ),
-    tiles(
+    spans(
         "one loop stops before the last tile", "one loop",
         fragment='full_lo, full_hi = lo, hi', replacement='full_lo = lo',
     ),

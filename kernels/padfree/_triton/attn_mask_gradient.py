@@ -22,10 +22,12 @@ from padfree._triton.scores import (
     mask_of_head,
     scale_add,
 )
+from padfree._triton.spans import (
+    load_keep_n,
+)
 from padfree._triton.tiles import (
     at_row,
     head_of,
-    load_keep_n,
     load_lse2,
     load_tile,
     row_offset,

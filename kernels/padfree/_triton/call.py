@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from padfree._triton import scores, tiles
+from padfree._triton import scores, spans, tiles
 from padfree._triton.arguments import Dropout, Inputs, Sizes, Tile, View, Window
 from padfree._triton.configs import Config, choose, has_tf32x3, padded_head_dim
 from padfree._triton.launch import Pointed
@@ -30,7 +30,7 @@ def settle_cache_keys() -> None:
     A kernel's key on disk depends on whether its callees were hashed before it (Triton 3.6 and 3.7: `_update_hash` reads
     a callee's constants before it has looked for them), so a process that starts with another kernel would compile anew.
     """
-    for function in (*vars(scores).values(), *vars(tiles).values()):
+    for function in (*vars(scores).values(), *vars(tiles).values(), *vars(spans).values()):
         if isinstance(function, triton.JITFunction):
             _ = function.cache_key
 

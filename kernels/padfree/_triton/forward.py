@@ -13,21 +13,23 @@ from padfree._triton.call import Call, on_device
 from padfree._triton.configs import Config
 from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import Softmax, dropout_keep, score_tile, softmax_step
-from padfree._triton.tiles import (
+from padfree._triton.spans import (
     NOTHING,
-    at_row,
-    head_of,
     keys_of_rows,
     load_keep_n,
+    store_visible,
+    visible_in_tile,
+    visible_keys,
+    walk,
+)
+from padfree._triton.tiles import (
+    at_row,
+    head_of,
     load_tile,
     owned_tile,
     row_offset,
     sequence_of,
     store_tile,
-    store_visible,
-    visible_in_tile,
-    visible_keys,
-    walk,
 )
 
 

@@ -26,10 +26,15 @@ from padfree._triton.scores import (
     mask_of_head,
     scale_add,
 )
-from padfree._triton.tiles import (
+from padfree._triton.spans import (
     NOTHING,
-    at_row,
     load_keep_n,
+    visible_keys,
+    visible_range,
+    walk,
+)
+from padfree._triton.tiles import (
+    at_row,
     load_lse2,
     load_tile,
     mask_offset,
@@ -37,9 +42,6 @@ from padfree._triton.tiles import (
     row_offset,
     sequence_of,
     store_tile,
-    visible_keys,
-    visible_range,
-    walk,
 )
 
 

@@ -14,11 +14,16 @@ from padfree._triton.call import Call
 from padfree._triton.configs import Config
 from padfree._triton.launch import Launch, launch
 from padfree._triton.scores import drop, dropout_keep, refine, scale_add, score_tile
-from padfree._triton.tiles import (
+from padfree._triton.spans import (
     NOTHING,
+    keys_of_rows,
+    visible_in_tile,
+    visible_keys,
+    walk,
+)
+from padfree._triton.tiles import (
     at_row,
     head_of,
-    keys_of_rows,
     load_d_lse,
     load_lse2,
     load_tile,
@@ -26,9 +31,6 @@ from padfree._triton.tiles import (
     row_offset,
     sequence_of,
     store_tile,
-    visible_in_tile,
-    visible_keys,
-    walk,
 )
 
 

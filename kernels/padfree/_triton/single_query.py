@@ -23,18 +23,20 @@ from padfree._triton.scores import (
     mask_of_head,
     refine,
 )
+from padfree._triton.spans import (
+    load_keep_n,
+    store_visible,
+    visible_keys,
+)
 from padfree._triton.tiles import (
     at_row,
     head_of,
     load_d_lse,
-    load_keep_n,
     load_lse2,
     load_tile,
     row_offset,
     sequence_of,
     store_tile,
-    store_visible,
-    visible_keys,
 )
 
 
