@@ -225,7 +225,26 @@ def test_the_report_says_beside_a_prediction_what_the_model_does_not_know() -> N
     facts = [
         named | read | {"block_m": 64, "block_n": 64, "costs": COSTS, "excluded": "8 bytes on the stack"}
     ]
-    (row,) = predictions(facts)
+    row, slower = predictions(facts)
     assert row["case"] == "B64-H12-D64-S400-imdb" and row["expected"] == expected(apart=128)
-    last = markdown(facts).splitlines()[-1]
+    assert (row["gpu"], slower["gpu"]) == ("H200", "H100") and slower["expected"] > row["expected"]
+    last = markdown(facts).splitlines()[-2]
     assert f"**{row['expected']:.1f}** | 8 bytes on the stack |" in last and f"{row['waiting']:.0%}" in last
+
+
+def test_the_report_predicts_full_batches_for_calls_without_padding() -> None:
+    named = {
+        "kernel": FORWARD,
+        "arch": 90,
+        "dtype": "bfloat16",
+        "precision": "ieee",
+        "head_dim": 64,
+        "excluded": "",
+    }
+    by_variant = {
+        row["variant"]: row
+        for row in predictions([named | {"variant": name, "costs": COSTS} for name in ("dense", "lengths")])
+        if row["gpu"] == "H200"
+    }
+    assert by_variant["dense"]["case"].endswith("-full") and by_variant["lengths"]["case"].endswith("-imdb")
+    assert by_variant["dense"]["issue"] > by_variant["lengths"]["issue"]

@@ -23,15 +23,18 @@ from padfree_bench.compiled.aot import ARCHS, Arch, why_not_compile
 from padfree_bench.compiled.aot_calls import VARIANTS, Target, table_targets
 from padfree_bench.compiled.aot_facts import Facts, facts_of_target
 from padfree_bench.compiled.cost_model import MOVED, Batch, predict
-from padfree_bench.compiled.costs import GPUS
+from padfree_bench.compiled.costs import GPUS, H100
 from padfree_bench.measuring.cases import DTYPES
-from padfree_bench.measuring.lengths import imdb_lengths
+from padfree_bench.measuring.lengths import make_lengths
 from padfree_bench.measuring.results import RESULTS
 
 BATCH, SEQ = 64, 400
 # (heads, head_dim): the notebook's, d_model 128 two ways, BERT-base, wide heads.
 SHAPES = ((4, 8), (8, 16), (4, 32), (12, 64), (16, 128))
 VARIANT_HEAD_DIMS = (16, 64)
+# The variants whose time is predicted, and the lengths of their batch.
+WORKLOADS = {"padded": "imdb", "lengths": "imdb", "dense": "full"}
+CARDS = (*GPUS.items(), (90, H100))
 ASSUMPTIONS = (
     "Predictions, not measurements. What each unit of the GPU needs at least: issue slots, exp2 and the matrix units for all "
     "instructions, the memory for bytes that the L2 does not serve. The largest of them is the floor. `waits` is the share of "
@@ -44,7 +47,12 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m bench compile-report", description=__doc__)
     add = options.add_argument
     add("--arch", nargs="+", default=["90"], help=f"of {', '.join(map(str, ARCHS))}; default 90")
-    add("--variants", nargs="+", default=["padded"], help=f"of {', '.join(VARIANTS)}, or all; default padded")
+    add(
+        "--variants",
+        nargs="+",
+        default=list(WORKLOADS),
+        help=f"of {', '.join(VARIANTS)}, or all; default {' '.join(WORKLOADS)}",
+    )
     add("--dtypes", nargs="+", default=["bf16", "fp32"], help=f"of {', '.join(DTYPES)}; default bf16 fp32")
     add("--json", action="store_true", help="print the JSON instead of the tables")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
@@ -53,29 +61,42 @@ def parser() -> argparse.ArgumentParser:
 
 
 def targets_of(archs: tuple[Arch, ...], dtypes: tuple[str, ...], variants: tuple[str, ...]) -> list[Target]:
-    """Every table row on the padded variant with the notebook's head_dim of 8, the other variants at the main head dims."""
-    chosen = [t for t in table_targets(archs) if t.dtype in dtypes] if "padded" in variants else []
-    chosen += [replace(t, head_dim=8) for t in chosen if t.head_dim == 16]
+    """Every table row on the padded variant, the other variants at the main head dims; WORKLOADS at the notebook's 8 too."""
+    chosen = (
+        [t for t in table_targets(archs, ("padded",)) if t.dtype in dtypes] if "padded" in variants else []
+    )
     others = tuple(variant for variant in variants if variant != "padded")
     more = table_targets(archs, others) if others else ()
-    return chosen + [t for t in more if t.dtype in dtypes and t.head_dim in VARIANT_HEAD_DIMS]
+    chosen += [t for t in more if t.dtype in dtypes and t.head_dim in VARIANT_HEAD_DIMS]
+    narrow = [replace(t, head_dim=8) for t in chosen if t.head_dim == 16]
+    return list(dict.fromkeys([*chosen, *(t for t in narrow if t.variant in {*WORKLOADS, "bias"})]))
 
 
 def predictions(facts: list[Facts]) -> list[dict[str, Any]]:
-    """Predicted times at B64 S400 and IMDB lengths, for every shape, launch and 16-bit or fp32 dtype."""
-    lengths, rows = imdb_lengths(BATCH, SEQ), []
+    """Predicted times at B64 S400 of WORKLOADS, for every card, shape, launch and dtype that was compiled."""
+    rows = []
     known: dict[tuple[Any, ...], Facts] = {}
     for f in facts:
-        if f["variant"] == "padded" and f["costs"] is not None:
-            known.setdefault((f["arch"], f["dtype"], f["precision"], f["head_dim"], f["kernel"]), f)
-    compiled = dict.fromkeys((f["arch"], f["dtype"], f["precision"]) for f in facts)
-    for (arch, dtype, precision), (heads, head_dim), kernel in product(compiled, SHAPES, MOVED):
-        if found := known.get((arch, dtype, precision, head_dim, kernel)):
-            batch = Batch(lengths, heads, head_dim, SEQ, getattr(torch, dtype).itemsize)
-            times = asdict(predict(kernel, found["costs"], GPUS[arch], batch, apart=batch.together))
-            case = f"B{BATCH}-H{heads}-D{head_dim}-S{SEQ}-imdb"
-            named = {"arch": arch, "dtype": dtype, "precision": precision, "case": case, "kernel": kernel}
-            rows.append({**named, **times, "excluded": found["excluded"]})
+        if f["costs"] is not None:
+            known.setdefault(
+                (f["arch"], f["dtype"], f["precision"], f["variant"], f["head_dim"], f["kernel"]), f
+            )
+    multiplied = dict.fromkeys((f["dtype"], f["precision"]) for f in facts)
+    asked = product(CARDS, multiplied, WORKLOADS.items(), SHAPES, MOVED)
+    for (arch, gpu), (dtype, precision), (variant, kind), (heads, head_dim), kernel in asked:
+        if found := known.get((arch, dtype, precision, variant, head_dim, kernel)):
+            itemsize = getattr(torch, dtype).itemsize
+            batch = Batch(make_lengths(kind, BATCH, SEQ), heads, head_dim, SEQ, itemsize)
+            times = asdict(predict(kernel, found["costs"], gpu, batch, apart=batch.together))
+            case = f"B{BATCH}-H{heads}-D{head_dim}-S{SEQ}-{kind}"
+            named = {
+                "gpu": gpu.name,
+                "dtype": dtype,
+                "precision": precision,
+                "case": case,
+                "variant": variant,
+            }
+            rows.append({**named, "kernel": kernel, **times, "excluded": found["excluded"]})
     return rows
 
 
@@ -84,7 +105,7 @@ def to_json(facts: list[Facts]) -> str:
         "kind": "compile-report",
         "assumptions": ASSUMPTIONS,
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "gpus": {str(arch): gpu._asdict() for arch, gpu in GPUS.items()},
+        "gpus": [gpu._asdict() for _, gpu in CARDS],
         "kernels": facts,
         "predicted_us": predictions(facts),
     }
@@ -123,7 +144,7 @@ def markdown(facts: list[Facts]) -> str:
         if (c := f["costs"]) is not None
     ]  # fmt: skip
     times = [
-        [r["case"], r["arch"], _multiplied(r), r["kernel"].removesuffix("_kernel"),
+        [r["case"], r["gpu"], _multiplied(r), r["variant"], r["kernel"].removesuffix("_kernel"),
          *(f"{r[name]:.1f}" for name in ("issue", "mufu", "matrix", "memory")), f"{r['floor']:.1f}", r["bound"],
          f"{r['waiting']:.0%}", f"**{r['expected']:.1f}**", r["excluded"] or "-"]
         for r in predictions(facts)
@@ -134,9 +155,9 @@ def markdown(facts: list[Facts]) -> str:
         _table("kernel | arch | dtype | D | variant | tile | registers | stack | spills | shared | CTAs | serialized", resources),
         "## One score tile: cycles of a multiprocessor by bound, and what the full tiles' loop issues a warp",
         _table("kernel | arch | dtype | D | variant | tile | issue | issue, masked | exp2 | matrix | bound | repeats | outside | mix", cycles),
-        f"## Predicted time of a launch in µs (B{BATCH} S{SEQ}, IMDB lengths, padded queries and keys skipped)",
+        f"## Predicted time of a launch in µs (B{BATCH} S{SEQ}; IMDB lengths by a mask or by `lengths`, padded queries and keys skipped; or no padding: `dense`)",
         ASSUMPTIONS,
-        _table("case | arch | dtype | launch | issue | exp2 | matrix | memory | floor | bound | waits | expected | not modelled", times),
+        _table("case | GPU | dtype | variant | launch | issue | exp2 | matrix | memory | floor | bound | waits | expected | not modelled", times),
     ]) + "\n"  # fmt: skip
 
 
