@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from padfree._triton import configs
 from padfree._triton.configs import Config
 from padfree_bench.tuning import tune, tune_candidates
 from padfree_bench.tuning.children import Found, in_children
@@ -46,15 +48,21 @@ for question, kernel in zip(asked, launched, strict=True):
 """
 
 
+def in_a_compiling_process(script: str, cache: Path) -> list[str]:
+    """The lines that a script prints where Triton compiles and does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT / 'bench'}", "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize("case", tune.HEADLINE.split(","))
 def test_what_is_compiled_beforehand_is_what_the_benchmark_launches(case: str, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT / 'bench'}", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", SAME_KERNELS.format(case=case)],
-        env=environment, check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.stdout.splitlines() == [f"{name} {case} True" for name in tune.PASSES], done.stderr
+    lines = in_a_compiling_process(SAME_KERNELS.format(case=case), tmp_path)
+    assert lines == [f"{name} {case} True" for name in tune.PASSES]
 
 
 def test_the_screened_candidates_belong_to_todays_table() -> None:
@@ -129,6 +137,46 @@ def test_every_way_to_tell_keys_has_its_share_of_the_menu() -> None:
     for told in TOLD:
         rows = [row for row in kept if row["told"] == told]
         assert len(rows) == tune_candidates.MOST // 2 and rows[0]["config"] == Config(64, 64, 4, 2)
+
+
+def test_fewer_registers_are_asked_for_where_they_let_one_program_more_fit() -> None:
+    config = Config(64, 64, 4, 3)
+    row: Found = {"config": config, "registers": 137, "shared": 57344 - 1024, "costs": {"ctas": 3}}
+    assert tune_candidates.tighter(row) == config._replace(max_registers=128)
+    # Shared memory keeps the fourth out, a third of the registers would have to go, or it was asked for already.
+    assert tune_candidates.tighter(row | {"shared": 65536}) is None
+    assert tune_candidates.tighter(row | {"registers": 168}) == config._replace(max_registers=128)
+    assert tune_candidates.tighter(row | {"registers": 184}) is None
+    assert tune_candidates.tighter(row | {"config": config._replace(max_registers=136)}) is None
+
+
+REGISTERS = """
+from padfree._triton.configs import Config
+from padfree_bench.tuning.tune import HEADLINE, questions
+from padfree_bench.tuning.tune_candidates import examine
+
+question = questions(HEADLINE, "forward")[0]
+for most in (None, 120):
+    print(examine(question.item(Config(64, 64, 4, 3, max_registers=most)))["registers"])
+"""
+
+
+def test_the_compiler_keeps_to_the_registers_that_it_may_use(tmp_path: Path) -> None:
+    as_it_likes, limited = map(int, in_a_compiling_process(REGISTERS, tmp_path))
+    assert limited == 120 < as_it_likes
+
+
+def test_a_call_with_extras_may_use_all_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ("forward", "half", 64)
+    row = configs.Row(Config(64, 64, 4, 3, max_registers=128), "planted")
+    monkeypatch.setitem(configs.TABLE, key, [row])
+    configs.row_for.cache_clear()
+    try:
+        asked = ("forward", torch.bfloat16, 64, 400, torch.device("cpu"))
+        assert configs.choose(*asked).max_registers == 128
+        assert configs.choose(*asked, extras=1).max_registers is None
+    finally:
+        configs.row_for.cache_clear()
 
 
 def test_configurations_are_stored_by_name_and_read_as_they_were_before(tmp_path: Path) -> None:

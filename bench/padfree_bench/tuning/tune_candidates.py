@@ -1,8 +1,8 @@
 """The menu of `python -m bench tune`: the candidates that a CPU chose for it beforehand, each with what it promises.
 
 A question is one pass over one case of the benchmark. `screen` compiles every configuration worth a try for sm_90, each
-in a process of its own and for every way in which a call may be told its keys, and keeps the few that the cost model
-expects to be the fastest.
+in a process of its own and for every way in which a call may be told its keys, then the best of them once more with fewer
+registers, and keeps the few that the cost model expects to be the fastest.
 """
 
 import json
@@ -18,7 +18,7 @@ import triton
 from padfree._triton.configs import Config
 from padfree_bench.compiled.cost_check import batch_of
 from padfree_bench.compiled.cost_model import predict
-from padfree_bench.compiled.costs import GPUS, costs_of, excluded
+from padfree_bench.compiled.costs import GPUS, costs_of, excluded, occupancy
 from padfree_bench.measuring.cases import parse_case
 from padfree_bench.measuring.files import write_whole
 from padfree_bench.tuning.children import Found, in_children
@@ -30,6 +30,8 @@ CANDIDATES = Path(__file__).parents[1] / "data" / "tune_candidates.json"
 MOST, SLOWEST = 12, 1.3
 # Of configurations that differ in the depth of the pipeline alone, which the model tells apart worst.
 DEPTHS = 2
+# The share of its registers that a kernel may be asked to do without; ptxas spills beyond.
+GIVEN_UP = 0.25
 
 
 def compile_item(item: Sequence[Any]) -> Found:
@@ -58,7 +60,7 @@ def shortlist(current: dict[str, Config], found: list[Found]) -> list[Found]:
     """For each way to tell keys the current configuration and the best others by prediction, MOST in all, with reasons."""
     kept: list[Found] = []
     for told in TOLD:
-        rows = [row for row in found if row["told"] == told]
+        rows = [row.copy() for row in found if row["told"] == told]
         (now,) = (row for row in rows if row["config"] == current[told])
         now["reason"] = "; ".join(["current row", *filter(None, [now.pop("refused", None)])])
         depths = Counter[Config]()
@@ -77,19 +79,34 @@ def shortlist(current: dict[str, Config], found: list[Found]) -> list[Found]:
     return kept
 
 
+def tighter(row: Found) -> Config | None:
+    """The configuration with as many registers as let one program more fit, where it is they that keep it out."""
+    config, registers = row["config"], row["registers"]
+    if config.max_registers is not None:
+        return None
+    for fewer in range(registers // 8 * 8, round(registers * (1 - GIVEN_UP)), -8):
+        if occupancy(ARCH, fewer, config.num_warps, row["shared"]) > row["costs"]["ctas"]:
+            return config._replace(max_registers=fewer)
+    return None
+
+
 def screen(asked: list[Question], path: Path, jobs: int) -> None:
     """Choose the candidates of these questions anew and write them to the file, after each question."""
     rows: list[Found] = []
     for question in asked:
+        current = {told: question.row(told).config for told in TOLD}
         found: list[Found] = []
         items = [question.item(config, told) for config in question.configs() for told in TOLD]
-        for (*_, config, told), outcome in in_children(examine, items, jobs):
-            named = {"pass": question.passname, "case": question.case.id, "config": config, "told": told}
-            found.append(named | outcome)
-            if reason := outcome.get("refused"):
-                print(f"{question} {name_of(config)} {told}: {reason}", file=sys.stderr, flush=True)
-        current = {told: question.row(told).config for told in TOLD}
-        rows += (kept := shortlist(current, found))
+        while items:
+            for (*_, config, told), outcome in in_children(examine, items, jobs):
+                named = {"pass": question.passname, "case": question.case.id, "config": config, "told": told}
+                found.append(named | outcome)
+                if reason := outcome.get("refused"):
+                    print(f"{question} {name_of(config)} {told}: {reason}", file=sys.stderr, flush=True)
+            kept, seen = shortlist(current, found), {(row["config"], row["told"]) for row in found}
+            more = [(config, row["told"]) for row in kept if (config := tighter(row))]
+            items = [question.item(*it) for it in more if it not in seen]
+        rows += kept
         write_lines(path, {"triton": triton.__version__, "arch": ARCH, "rows": rows})
         print(f"{question}: {len(kept)} of {len(found)} kept", flush=True)
 

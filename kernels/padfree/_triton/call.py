@@ -235,7 +235,8 @@ class Call:
             PRECISION=self.precision,
             ALIGN=row_alignment(self.query, self.key, self.value, *others),
         )
-        return {"TILE": tile, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        options = {"TILE": tile, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        return options if config.max_registers is None else options | {"maxnreg": config.max_registers}
 
 
 ABSENT = View(None, (0, 0, 0, 0))

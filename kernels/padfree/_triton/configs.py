@@ -23,6 +23,7 @@ class Config(NamedTuple):
     """Tile of query rows x tile of keys, warps per program, depth of the load pipeline.
 
     one_loop: where sequences have lengths of their own, all tiles are masked in one pipelined loop (`arguments.Tile`).
+    max_registers: no more a thread than these, so that more programs fit on a multiprocessor (NVIDIA); None: as ptxas likes.
     """
 
     block_m: int
@@ -30,6 +31,7 @@ class Config(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     one_loop: bool = False
+    max_registers: int | None = None
 
 
 class Row(NamedTuple):
@@ -319,6 +321,7 @@ def choose(
         **{WALKS[passname]: step},
         num_warps=8 if more_warps else config.num_warps,
         num_stages=min(1 if is_half else 2, config.num_stages),
+        max_registers=None,
     )
 
 
