@@ -64,6 +64,7 @@ _IN_FLIGHT = "measured on an H200 (NOTES.md, 2026-11-27): the last tile is loade
 _X3 = "measured on an H200 (NOTES.md, 2026-11-27); wgmma wants 64 rows"
 _X3_BETWEEN = "as at heads of 16 or 64, not measured; wgmma wants 64 rows"
 _LANES = "4096 elements of K a tile: 32 accumulators a thread"
+_EIGHT_WARPS = "4096 elements of K a tile; 4 warps keep 8 bytes on the stack"
 
 TABLE: dict[Key, list[Row]] = {
     ("forward", "half", 16): [Row(Config(64, 64, 4, 3), _SHORT)],
@@ -115,7 +116,10 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(64, 32, 4, 2), "64 keys keep 8 bytes on the stack there", arch=(100, 103)),
         Row(Config(64, 64, 4, 2), _SHORT),
     ],
-    ("query_gradient", "half", 128): [Row(Config(64, 32, 4, 2), "64 keys spill beside 128 columns of dq")],
+    ("query_gradient", "half", 128): [
+        Row(Config(64, 32, 4, 1), "a second stage keeps 8 bytes on the stack there", arch=(100, 103)),
+        Row(Config(64, 32, 4, 2), "64 keys spill beside 128 columns of dq"),
+    ],
     ("query_gradient", "half", 256): [
         Row(Config(32, 16, 8, 1), _CDNA, arch=(GFX942,)),
         Row(Config(32, 32, 8, 1), _WIDE),
@@ -166,9 +170,16 @@ TABLE: dict[Key, list[Row]] = {
         Row(Config(32, 32, 8, 1), _WIDE),
     ],
     ("key_gradient", "float", 16): [Row(Config(16, 32, 4, 1), _IEEE)],
-    ("key_gradient", "float", 32): [Row(Config(32, 32, 4, 1), _IEEE)],
+    ("key_gradient", "float", 32): [
+        Row(Config(32, 32, 8, 1), "4 warps keep 16 bytes on the stack there", arch=(100, 103)),
+        Row(Config(32, 32, 4, 1), _IEEE),
+    ],
     ("key_gradient", "float", 64): [
-        Row(Config(16, 32, 8, 1), "32 rows spill 8 to 20 bytes there", arch=(100, 103, GFX942)),
+        Row(
+            Config(16, 32, 8, 1),
+            "32 rows keep 8 to 20 bytes on the stack there",
+            arch=(80, 86, 89, 100, 103, GFX942),
+        ),
         Row(Config(32, 32, 8, 1), _IEEE),
     ],
     ("key_gradient", "float", 128): [Row(Config(16, 16, 8, 1), _IEEE)],
@@ -219,14 +230,12 @@ TABLE: dict[Key, list[Row]] = {
     ("attn_mask_gradient", "tf32x3", 16): [Row(Config(64, 32, 4, 1), _WGMMA)],
     ("attn_mask_gradient", "tf32x3", 32): [Row(Config(64, 32, 4, 1), _WGMMA)],
     ("attn_mask_gradient", "tf32x3", 64): [Row(Config(64, 32, 4, 1), _WGMMA)],
-    ("single_query", "half", 16): [
-        Row(Config(1, 256, 8), "4096 elements of K a tile; 4 warps keep 8 bytes on the stack")
-    ],
-    ("single_query", "half", 32): [Row(Config(1, 128), _LANES)],
+    ("single_query", "half", 16): [Row(Config(1, 256, 8), _EIGHT_WARPS)],
+    ("single_query", "half", 32): [Row(Config(1, 128, 8), _EIGHT_WARPS)],
     ("single_query", "half", 64): [Row(Config(1, 64), _LANES)],
-    ("single_query", "half", 128): [Row(Config(1, 32), _LANES)],
+    ("single_query", "half", 128): [Row(Config(1, 32, 8), _EIGHT_WARPS)],
     ("single_query", "half", 256): [Row(Config(1, 16), _LANES)],
-    ("single_query", "float", 16): [Row(Config(1, 256), _LANES)],
+    ("single_query", "float", 16): [Row(Config(1, 256, 8), _EIGHT_WARPS)],
     ("single_query", "float", 32): [Row(Config(1, 128), _LANES)],
     ("single_query", "float", 64): [Row(Config(1, 64), _LANES)],
     ("single_query", "float", 128): [Row(Config(1, 32), _LANES)],
