@@ -176,11 +176,16 @@ class TestCheck:
         assert len([line for line in lines if "fitted to the others" in line]) == 6
 
 
+READS_STACK = "/*0000*/ LDL R1, [R1+0x8] ;"
+LOOP = ".L_x_0:\n/*0010*/ MUFU.EX2 R2, R3 ;\n/*0020*/ BRA `(.L_x_0) ;"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({}, ""),
         ({"stack": 16}, "16 bytes on the stack"),
+        ({"stack": 16, "sass": f"{READS_STACK}\n{LOOP}"}, ""),
         ({"spills": 8}, "8 bytes spilled"),
         ({"serialized": "C7515"}, "wgmma serialized (C7515)"),
         ({"shared": 300_000}, "300000 bytes of shared memory"),
@@ -194,11 +199,12 @@ def test_what_the_model_does_not_know_of_a_kernel_is_said(changes: dict[str, obj
         "serialized": "",
         "shared": 1024,
         "ttir": "tensor<64x64xbf16>",
+        "sass": LOOP.replace(":", f":\n{READS_STACK}"),
         **changes,
     }
     compiled = SimpleNamespace(
         resources={name: known[name] for name in ("stack", "spills")},
-        serialized=known["serialized"], shared_bytes=known["shared"], ttir=known["ttir"], arch=90,
+        serialized=known["serialized"], shared_bytes=known["shared"], ttir=known["ttir"], arch=90, sass=known["sass"],
     )  # fmt: skip
     assert excluded(compiled) == reason  # type: ignore[arg-type]
 

@@ -46,7 +46,8 @@ def examine(item: Item) -> Found:
     passname, case, config, told = item
     compiled = compile_candidate(passname, parse_case(case), config, told)
     costs, refused = costs_of(compiled), excluded(compiled)
-    found: Found = {"registers": compiled.resources["registers"], "shared": compiled.shared_bytes}
+    found: Found = {name: compiled.resources[name] for name in ("registers", "stack")}
+    found["shared"] = compiled.shared_bytes
     if costs is None:
         return found | {"refused": "the cost model finds no score loop"}
     batch = batch_of(parse_case(case))
