@@ -26,6 +26,7 @@ from padfree._triton import (
     query_gradient,
     single_query,
 )
+from padfree._triton.configs import Config
 from standin_driver import Driver, standin_driver
 
 MODULES = attn_mask_gradient, forward, key_gradient, query_gradient, single_query
@@ -172,6 +173,13 @@ def alike() -> None:
             torch.backends.cuda.matmul.fp32_precision = precision
             for _ in range(3):
                 run(call)
+        asked_for = operators.Call(*drawn_call(random.Random(0)))
+        for config in (None, Config(32, 32), Config(32, 32, max_registers=64)) * 3:
+            forward.launch_forward(asked_for, config)
+        noted = len(direct)
+        driver.get_current_device = lambda: 1
+        forward.launch_forward(asked_for)
+        assert len(direct) == noted, "another GPU's kernel was launched"
 
 
 class Recording:

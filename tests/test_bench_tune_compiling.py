@@ -146,8 +146,65 @@ def test_fewer_registers_are_asked_for_where_they_let_one_program_more_fit() -> 
     # Shared memory keeps the fourth out, a third of the registers would have to go, or it was asked for already.
     assert tune_candidates.tighter(row | {"shared": 65536}) is None
     assert tune_candidates.tighter(row | {"registers": 168}) == config._replace(max_registers=128)
-    assert tune_candidates.tighter(row | {"registers": 184}) is None
+    assert tune_candidates.tighter(row | {"registers": 170}) == config._replace(max_registers=128)
+    assert tune_candidates.tighter(row | {"registers": 171}) is None
+    # Twice the warps hold twice the registers: with 128 a thread a second program fits.
+    wide = row | {"config": config._replace(num_warps=8), "costs": {"ctas": 1}}
+    assert tune_candidates.tighter(wide) == config._replace(num_warps=8, max_registers=128)
     assert tune_candidates.tighter(row | {"config": config._replace(max_registers=136)}) is None
+
+
+def examined(item: Item) -> Found:
+    """What a compiler might say: the current row and 64x32 would fit once more with 128 registers, which makes them faster."""
+    _, _, config, told = item
+    us = {(64, 64): 20.0, (64, 32): 18.0}.get((config.block_m, config.block_n), 90.0) + config.num_warps
+    found = {"registers": 137, "shared": 40000, "costs": {"ctas": 3}, "waiting": 0.5, "predicted_us": us}
+    if config.max_registers is not None:
+        found |= {"registers": config.max_registers, "predicted_us": us - 4, "costs": {"ctas": 4}}
+    if config == HEADLINE[0].row(told).config:
+        found["refused"] = "spills"
+    return found
+
+
+def never_compiled(item: Item) -> Found:
+    return {"refused": "not compiled within 60 s"}
+
+
+def test_the_best_are_screened_once_more_with_fewer_registers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "menu.json"
+    monkeypatch.setattr(tune_candidates, "examine", examined)
+    tune_candidates.screen(HEADLINE[:1], path, jobs=2)
+    rows = tune_candidates.read_candidates(path)
+    for told in TOLD:
+        current, *others = (row for row in rows if row["told"] == told)
+        assert current["config"] == HEADLINE[0].row(told).config
+        assert current["reason"] == "current row; spills" and "refused" not in current
+        limits = [row["config"].max_registers for row in others]
+        assert 128 in limits and {None, 128} >= set(limits)
+        assert others[0]["config"].max_registers == 128 and others[0]["predicted_us"] == 18.0 + 4 - 4
+        # With 8 warps a fourth program never fits.
+        assert all(row["config"].num_warps == 4 for row in others if row["config"].max_registers)
+
+
+def test_a_question_whose_current_row_does_not_compile_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "menu.json"
+    monkeypatch.setattr(tune_candidates, "examine", never_compiled)
+    tune_candidates.screen(HEADLINE[:2], path, jobs=2)
+    assert not path.exists()
+    left = [line for line in capsys.readouterr().err.splitlines() if "is left out" in line]
+    assert len(left) == 2 and left[0].startswith(f"{HEADLINE[0]} is left out: the current row, 64x64 w4 s3")
+
+
+def test_amd_is_asked_for_no_limit_of_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, device = Config(64, 64, max_registers=128), torch.device("cpu")
+    assert configs.limits_registers(config, device)
+    assert not configs.limits_registers(config._replace(max_registers=None), device)
+    monkeypatch.setattr(configs, "architecture", lambda device: configs.GFX942)
+    assert not configs.limits_registers(config, device)
 
 
 REGISTERS = """

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from padfree_bench.compiled import cost_check
-from padfree_bench.compiled.compile_report import markdown, predictions
+from padfree_bench.compiled.compile_report import WORKLOADS, markdown, predictions, targets_of
 from padfree_bench.compiled.cost_check import FITTED, MEASURED, Timed, fit, judge, left_out, read
 from padfree_bench.compiled.cost_model import (
     H200,
@@ -21,7 +21,7 @@ from padfree_bench.compiled.cost_model import (
     traffic,
     wait_for_one_another,
 )
-from padfree_bench.compiled.costs import GPUS, Costs, excluded
+from padfree_bench.compiled.costs import GPUS, H100, Costs, excluded
 from padfree_bench.measuring.lengths import imdb_lengths
 
 GPU = GPUS[90]
@@ -254,3 +254,47 @@ def test_the_report_predicts_full_batches_for_calls_without_padding() -> None:
     }
     assert by_variant["dense"]["case"].endswith("-full") and by_variant["lengths"]["case"].endswith("-imdb")
     assert by_variant["dense"]["issue"] > by_variant["lengths"]["issue"]
+
+
+def test_a_line_of_the_report_says_which_launch_it_is_about() -> None:
+    named = {
+        "kernel": FORWARD,
+        "arch": 90,
+        "dtype": "float32",
+        "precision": "tf32x3",
+        "head_dim": 8,
+        "excluded": "",
+    }
+    resources = {
+        "registers": 1,
+        "stack": 0,
+        "spills": 0,
+        "shared": 2,
+        "ctas": 3,
+        "serialized": "",
+        "num_stages": 3,
+    }
+    tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "variant": "lengths"}
+    first, later = (
+        named | resources | tile | {"costs": costs} for costs in (COSTS, replace(COSTS, loop=999))
+    )
+    lines = [line for line in markdown([first, later]).splitlines() if line.startswith("| B64")]
+    # That of the first row, which is the one for short sequences.
+    narrow = NARROW._replace(itemsize=4)
+    times = {gpu.name: predict(FORWARD, COSTS, gpu, narrow, apart=narrow.together) for gpu in (GPU, H100)}
+    for line, (gpu, time) in zip(lines, times.items(), strict=True):
+        assert line.startswith(
+            f"| B64-H4-D8-S400-imdb | {gpu} | float32 tf32x3 | lengths | attention_forward | "
+        )
+        assert f"**{time.expected:.1f}**" in line
+    assert H100.bytes_per_second == pytest.approx(3.35e12 * GPU.bytes_per_second / 4.8e12, rel=0.01)
+
+
+def test_the_report_compiles_what_it_predicts() -> None:
+    targets = targets_of((90,), ("bfloat16",), tuple(WORKLOADS))
+    asked = {(t.passname, t.variant, t.head_dim) for t in targets}
+    for passname in ("forward", "query_gradient", "key_gradient"):
+        assert {(passname, variant, dim) for variant in WORKLOADS for dim in (8, 64)} <= asked
+    assert len(set(targets)) == len(targets)
+    narrow = {t.passname for t in targets_of((90,), ("bfloat16",), ("bias",)) if t.head_dim == 8}
+    assert narrow == {"attn_mask_gradient"}

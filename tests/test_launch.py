@@ -26,6 +26,8 @@ FAULTS = {
             "the launch's own tensors are left out",
             fragment=", own.layouts)", replacement=")",
         ),
+        launch("the configuration is left out", fragment="device, config, call.scalars", replacement="device, call.scalars"),
+        launch("the device is left out", fragment="kernel.fn, device, config", replacement="kernel.fn, config"),
         launch("options are left out", fragment="config, call.scalars, ", replacement="config, "),
         launch(
             "the precision is left out", file="_triton/call.py",

@@ -69,7 +69,11 @@ def targets_of(archs: tuple[Arch, ...], dtypes: tuple[str, ...], variants: tuple
     more = table_targets(archs, others) if others else ()
     chosen += [t for t in more if t.dtype in dtypes and t.head_dim in VARIANT_HEAD_DIMS]
     narrow = [replace(t, head_dim=8) for t in chosen if t.head_dim == 16]
-    return list(dict.fromkeys([*chosen, *(t for t in narrow if t.variant in {*WORKLOADS, "bias"})]))
+    return list(
+        dict.fromkeys(
+            [*chosen, *(t for t in narrow if t.variant in WORKLOADS or t.passname == "attn_mask_gradient")]
+        )
+    )
 
 
 def predictions(facts: list[Facts]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,17 @@ def examine(item: Item) -> Found:
 
 
 def shortlist(current: dict[str, Config], found: list[Found]) -> list[Found]:
-    """For each way to tell keys the current configuration and the best others by prediction, MOST in all, with reasons."""
+    """For each way to tell keys the current configuration and the best others by prediction, MOST in all, with reasons.
+
+    Raises:
+        ValueError: the current one was not compiled
+    """
     kept: list[Found] = []
     for told in TOLD:
         rows = [row.copy() for row in found if row["told"] == told]
         (now,) = (row for row in rows if row["config"] == current[told])
+        if "predicted_us" not in now:
+            raise ValueError(f"the current row, {name_of(now['config'])}: {now['refused']}")
         now["reason"] = "; ".join(["current row", *filter(None, [now.pop("refused", None)])])
         depths = Counter[Config]()
         near = []
@@ -85,7 +92,7 @@ def tighter(row: Found) -> Config | None:
     config, registers = row["config"], row["registers"]
     if config.max_registers is not None:
         return None
-    for fewer in range(registers // 8 * 8, round(registers * (1 - GIVEN_UP)), -8):
+    for fewer in range(registers // 8 * 8, ceil(registers * (1 - GIVEN_UP)) - 1, -8):
         if occupancy(ARCH, fewer, config.num_warps, row["shared"]) > row["costs"]["ctas"]:
             return config._replace(max_registers=fewer)
     return None
@@ -104,12 +111,18 @@ def screen(asked: list[Question], path: Path, jobs: int) -> None:
                 found.append(named | outcome)
                 if reason := outcome.get("refused"):
                     print(f"{question} {name_of(config)} {told}: {reason}", file=sys.stderr, flush=True)
-            kept, seen = shortlist(current, found), {(row["config"], row["told"]) for row in found}
+            try:
+                kept = shortlist(current, found)
+            except ValueError as error:
+                print(f"{question} is left out: {error}", file=sys.stderr, flush=True)
+                break
+            seen = {(row["config"], row["told"]) for row in found}
             more = [(config, row["told"]) for row in kept if (config := tighter(row))]
             items = [question.item(*it) for it in more if it not in seen]
-        rows += kept
-        write_lines(path, {"triton": triton.__version__, "arch": ARCH, "rows": rows})
-        print(f"{question}: {len(kept)} of {len(found)} kept", flush=True)
+        else:
+            rows += kept
+            write_lines(path, {"triton": triton.__version__, "arch": ARCH, "rows": rows})
+            print(f"{question}: {len(kept)} of {len(found)} kept", flush=True)
 
 
 def read_candidates(path: Path) -> list[Found]:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from padfree._triton import scores, spans, tiles
 from padfree._triton.arguments import Dropout, Inputs, Sizes, Tile, View, Window
-from padfree._triton.configs import Config, choose, has_tf32x3, padded_head_dim
+from padfree._triton.configs import Config, choose, has_tf32x3, limits_registers, padded_head_dim
 from padfree._triton.launch import Pointed
 
 OPEN = -1
 MAX_PROGRAMS = 2**31 - 1
 LOG2E = math.log2(math.e)
+# Keys of a padding mask that a thread reads at a time: their bytes are one load.
+SCANNED = 4
 # Bytes that heads launched side by side may share in the L2: a third of an H100's, two fifths of an A100's.
 L2_BYTES = 16 * 2**20
 
@@ -232,11 +234,18 @@ class Call:
             GROUP=self.heads // self.kv_heads if self.kv_heads else 1,
             SKIP_QUERIES=self.skip_padded_queries and self.has_padding,
             ONE_LOOP=config.one_loop and (self.padding is not None or self.knows_lengths),
+            SCAN_BLOCK=SCANNED * 32 * config.num_warps,
             PRECISION=self.precision,
             ALIGN=row_alignment(self.query, self.key, self.value, *others),
         )
-        options = {"TILE": tile, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        return options if config.max_registers is None else options | {"maxnreg": config.max_registers}
+        options: dict[str, Any] = {
+            "TILE": tile,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+        if limits_registers(config, self.query.device):
+            options["maxnreg"] = config.max_registers
+        return options
 
 
 ABSENT = View(None, (0, 0, 0, 0))

@@ -23,7 +23,7 @@ class Config(NamedTuple):
     """Tile of query rows x tile of keys, warps per program, depth of the load pipeline.
 
     one_loop: where sequences have lengths of their own, all tiles are masked in one pipelined loop (`arguments.Tile`).
-    max_registers: no more a thread than these, so that more programs fit on a multiprocessor (NVIDIA); None: as ptxas likes.
+    max_registers: no more a thread than these, so that more programs fit on a multiprocessor; None: as many as ptxas likes.
     """
 
     block_m: int
@@ -260,6 +260,11 @@ def has_tf32x3(head_dim: int, device: torch.device) -> bool:
     """Whether the device multiplies fp32 by three TF32 products: one of TF32X3_ARCHS, and heads that the table has rows for."""
     key = "forward", "tf32x3", padded_head_dim(head_dim)
     return key in TABLE and architecture(device) in TF32X3_ARCHS
+
+
+def limits_registers(config: Config, device: torch.device) -> bool:
+    """Whether a launch asks for at most `max_registers`; Triton's AMD compiler knows no such option."""
+    return config.max_registers is not None and architecture(device) != GFX942
 
 
 # The side of the tile that each pass walks along; the other one it owns.

@@ -82,7 +82,7 @@ def attention_forward_kernel(inputs, out, lse2, found_ptr, TILE: tl.constexpr):
     m = m_first + tl.arange(0, BLOCK_M)
     in_m = m < sequence.queries
     live_m = load_keep_n(inputs.padding, head.padding_start, m, sequence.keys) if TILE.SKIP_QUERIES else in_m
-    visible = visible_keys(inputs, sequence)
+    visible = visible_keys(inputs, sequence, TILE)
     if found_ptr is not None:
         store_visible(found_ptr, b, visible, (tile == 0) & (h == 0))
     span = keys_of_rows(inputs, sequence, visible, m_first, m_last, TILE)

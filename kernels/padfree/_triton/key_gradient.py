@@ -132,7 +132,7 @@ def key_gradient_kernel(inputs, lse2, d_out, delta_ptr, inverse_ptr, dk, dv, TIL
     tile, b, kv_h = owned_tile(sizes, sizes.keys, sizes.heads // TILE.GROUP, BLOCK_N)
     sequence = sequence_of(sizes, b)
 
-    first, stop, holes = visible_keys(inputs, sequence)
+    first, stop, holes = visible_keys(inputs, sequence, TILE)
     n_first = tile * BLOCK_N
     n_last = tl.minimum(n_first + BLOCK_N, sequence.keys) - 1
     n = n_first + tl.arange(0, BLOCK_N)

@@ -103,7 +103,7 @@ def query_gradient_kernel(
     m_last = tl.minimum(m_first + BLOCK_M, sequence.queries) - 1
     m = m_first + tl.arange(0, BLOCK_M)
     in_m = m < sequence.queries
-    span = keys_of_rows(inputs, sequence, visible_keys(inputs, sequence), m_first, m_last, TILE)
+    span = keys_of_rows(inputs, sequence, visible_keys(inputs, sequence, TILE), m_first, m_last, TILE)
 
     first_row = row_offset(lse2, sequence, h)
     row_lse2, live_m = load_lse2(lse2.ptr + first_row, m, in_m)

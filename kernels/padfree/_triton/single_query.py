@@ -89,7 +89,7 @@ def single_query_forward_kernel(inputs, out, lse2, found_ptr, TILE: tl.constexpr
     lane_sum = tl.zeros((BLOCK_N, 1), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # From the first visible key on, so that padding on the left has the lanes of padding on the right.
-    visible = visible_keys(inputs, sequence)
+    visible = visible_keys(inputs, sequence, TILE)
     if found_ptr is not None:
         store_visible(found_ptr, b, visible, h == 0)
     for start in range(visible.first, visible.stop, BLOCK_N):

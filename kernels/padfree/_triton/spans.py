@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-SCAN_BLOCK = tl.constexpr(512)
 # What may hide a key of a tile: nothing, the end of the sequence, or any byte of the padding mask.
 NOTHING, END, ANYTHING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -60,12 +59,12 @@ def visible_in_tile(inputs, head, n, stop, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def visible_keys(inputs, sequence):
+def visible_keys(inputs, sequence, TILE: tl.constexpr):
     """What the sequence's padding leaves Visible: known beforehand, or found in the mask."""
     if inputs.padding.ptr is None:
         return Visible(sequence.keys * 0, sequence.keys, sequence.keys < 0)
     elif inputs.spans_ptr is None:
-        return find_visible(inputs.padding, sequence.b * inputs.padding.strides[0], sequence.keys)
+        return find_visible(inputs.padding, sequence.b * inputs.padding.strides[0], sequence.keys, TILE)
     else:
         span = inputs.spans_ptr + sequence.b * 3
         # The caller may have made them: no key is read that is not there.
@@ -75,9 +74,10 @@ def visible_keys(inputs, sequence):
 
 
 @triton.jit
-def find_visible(padding, padding_start, num_keys):
+def find_visible(padding, padding_start, num_keys, TILE: tl.constexpr):
     """What a row of the padding mask leaves Visible."""
     # A thread loads four keys at a time and joins them at once, so that it carries three numbers and not twelve.
+    SCAN_BLOCK: tl.constexpr = TILE.SCAN_BLOCK
     FOURS: tl.constexpr = SCAN_BLOCK // 4
     lasts, counts = tl.full((FOURS,), -1, tl.int32), tl.zeros((FOURS,), tl.int32)
     firsts = counts + num_keys
