@@ -183,7 +183,6 @@ CORNERS = {
         ("single_query", 90, "float32", 16, "causal", "sixteens"): 8,
         ("query_gradient", 100, "float32", 64, "everything", "sixteens"): 16,
         ("attn_mask_gradient", 100, "float32", 64, "everything", "sixteens"): 24,
-        ("single_query", 100, "bfloat16", 16, "everything", "sixteens"): 8,
         ("query_gradient", 90, "tf32x3", 64, "padded", "neither"): 56,
         ("query_gradient", 90, "tf32x3", 64, "everything", "ones"): 24,
         ("query_gradient", 90, "tf32x3", 64, "everything", "neither"): 144,
