@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -170,13 +171,20 @@ def never_compiled(item: Item) -> Found:
     return {"refused": "not compiled within 60 s"}
 
 
-def test_the_best_are_screened_once_more_with_fewer_registers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "menu.json"
-    monkeypatch.setattr(tune_candidates, "examine", examined)
-    tune_candidates.screen(HEADLINE[:1], path, jobs=2)
-    rows = tune_candidates.read_candidates(path)
+@pytest.fixture
+def screen_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Screens questions where compilers say what it is given, and returns where the menu would be."""
+
+    def screen(examine: Callable[[Item], Found], asked: list[Question]) -> Path:
+        monkeypatch.setattr(tune_candidates, "examine", examine)
+        tune_candidates.screen(asked, tmp_path / "menu.json", jobs=2)
+        return tmp_path / "menu.json"
+
+    return screen
+
+
+def test_the_best_are_screened_once_more_with_fewer_registers(screen_as: Callable[..., Path]) -> None:
+    rows = tune_candidates.read_candidates(screen_as(examined, HEADLINE[:1]))
     for told in TOLD:
         current, *others = (row for row in rows if row["told"] == told)
         assert current["config"] == HEADLINE[0].row(told).config
@@ -189,12 +197,9 @@ def test_the_best_are_screened_once_more_with_fewer_registers(
 
 
 def test_a_question_whose_current_row_does_not_compile_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    screen_as: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "menu.json"
-    monkeypatch.setattr(tune_candidates, "examine", never_compiled)
-    tune_candidates.screen(HEADLINE[:2], path, jobs=2)
-    assert not path.exists()
+    assert not screen_as(never_compiled, HEADLINE[:2]).exists()
     left = [line for line in capsys.readouterr().err.splitlines() if "is left out" in line]
     assert len(left) == 2 and left[0].startswith(f"{HEADLINE[0]} is left out: the current row, 64x64 w4 s3")
 

@@ -209,28 +209,15 @@ def test_what_the_model_does_not_know_of_a_kernel_is_said(changes: dict[str, obj
     assert excluded(compiled) == reason  # type: ignore[arg-type]
 
 
+FACT = {
+    "kernel": FORWARD, "arch": 90, "dtype": "bfloat16", "precision": "ieee", "head_dim": 64, "variant": "padded",
+    "block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3, "registers": 152, "stack": 8, "spills": 0,
+    "shared": 57344, "ctas": 3, "serialized": "", "costs": COSTS, "excluded": "",
+}  # fmt: skip
+
+
 def test_the_report_says_beside_a_prediction_what_the_model_does_not_know() -> None:
-    named = {
-        "kernel": FORWARD,
-        "arch": 90,
-        "dtype": "bfloat16",
-        "precision": "ieee",
-        "head_dim": 64,
-        "variant": "padded",
-        "num_warps": 4,
-    }
-    read = {
-        "registers": 152,
-        "stack": 8,
-        "spills": 0,
-        "shared": 57344,
-        "ctas": 3,
-        "serialized": "",
-        "num_stages": 3,
-    }
-    facts = [
-        named | read | {"block_m": 64, "block_n": 64, "costs": COSTS, "excluded": "8 bytes on the stack"}
-    ]
+    facts = [FACT | {"excluded": "8 bytes on the stack"}]
     row, slower = predictions(facts)
     assert row["case"] == "B64-H12-D64-S400-imdb" and row["expected"] == expected(apart=128)
     assert (row["gpu"], slower["gpu"]) == ("H200", "H100") and slower["expected"] > row["expected"]
@@ -239,17 +226,9 @@ def test_the_report_says_beside_a_prediction_what_the_model_does_not_know() -> N
 
 
 def test_the_report_predicts_full_batches_for_calls_without_padding() -> None:
-    named = {
-        "kernel": FORWARD,
-        "arch": 90,
-        "dtype": "bfloat16",
-        "precision": "ieee",
-        "head_dim": 64,
-        "excluded": "",
-    }
     by_variant = {
         row["variant"]: row
-        for row in predictions([named | {"variant": name, "costs": COSTS} for name in ("dense", "lengths")])
+        for row in predictions([FACT | {"variant": name} for name in ("dense", "lengths")])
         if row["gpu"] == "H200"
     }
     assert by_variant["dense"]["case"].endswith("-full") and by_variant["lengths"]["case"].endswith("-imdb")
@@ -257,27 +236,8 @@ def test_the_report_predicts_full_batches_for_calls_without_padding() -> None:
 
 
 def test_a_line_of_the_report_says_which_launch_it_is_about() -> None:
-    named = {
-        "kernel": FORWARD,
-        "arch": 90,
-        "dtype": "float32",
-        "precision": "tf32x3",
-        "head_dim": 8,
-        "excluded": "",
-    }
-    resources = {
-        "registers": 1,
-        "stack": 0,
-        "spills": 0,
-        "shared": 2,
-        "ctas": 3,
-        "serialized": "",
-        "num_stages": 3,
-    }
-    tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "variant": "lengths"}
-    first, later = (
-        named | resources | tile | {"costs": costs} for costs in (COSTS, replace(COSTS, loop=999))
-    )
+    named = {"dtype": "float32", "precision": "tf32x3", "head_dim": 8, "variant": "lengths"}
+    first, later = (FACT | named | {"costs": costs} for costs in (COSTS, replace(COSTS, loop=999)))
     lines = [line for line in markdown([first, later]).splitlines() if line.startswith("| B64")]
     # That of the first row, which is the one for short sequences.
     narrow = NARROW._replace(itemsize=4)

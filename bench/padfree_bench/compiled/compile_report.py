@@ -62,18 +62,13 @@ def parser() -> argparse.ArgumentParser:
 
 def targets_of(archs: tuple[Arch, ...], dtypes: tuple[str, ...], variants: tuple[str, ...]) -> list[Target]:
     """Every table row on the padded variant, the other variants at the main head dims; WORKLOADS at the notebook's 8 too."""
-    chosen = (
-        [t for t in table_targets(archs, ("padded",)) if t.dtype in dtypes] if "padded" in variants else []
-    )
-    others = tuple(variant for variant in variants if variant != "padded")
-    more = table_targets(archs, others) if others else ()
-    chosen += [t for t in more if t.dtype in dtypes and t.head_dim in VARIANT_HEAD_DIMS]
+    first = table_targets(archs, tuple(name for name in variants if name == "padded"))
+    others = table_targets(archs, tuple(name for name in variants if name != "padded"))
+    both = chain(first, (t for t in others if t.head_dim in VARIANT_HEAD_DIMS))
+    chosen = [t for t in both if t.dtype in dtypes]
     narrow = [replace(t, head_dim=8) for t in chosen if t.head_dim == 16]
-    return list(
-        dict.fromkeys(
-            [*chosen, *(t for t in narrow if t.variant in WORKLOADS or t.passname == "attn_mask_gradient")]
-        )
-    )
+    chosen += [t for t in narrow if t.variant in WORKLOADS or t.passname == "attn_mask_gradient"]
+    return list(dict.fromkeys(chosen))
 
 
 def predictions(facts: list[Facts]) -> list[dict[str, Any]]:
@@ -86,21 +81,17 @@ def predictions(facts: list[Facts]) -> list[dict[str, Any]]:
                 (f["arch"], f["dtype"], f["precision"], f["variant"], f["head_dim"], f["kernel"]), f
             )
     multiplied = dict.fromkeys((f["dtype"], f["precision"]) for f in facts)
+    lengths = {kind: make_lengths(kind, BATCH, SEQ) for kind in WORKLOADS.values()}
     asked = product(CARDS, multiplied, WORKLOADS.items(), SHAPES, MOVED)
     for (arch, gpu), (dtype, precision), (variant, kind), (heads, head_dim), kernel in asked:
         if found := known.get((arch, dtype, precision, variant, head_dim, kernel)):
-            itemsize = getattr(torch, dtype).itemsize
-            batch = Batch(make_lengths(kind, BATCH, SEQ), heads, head_dim, SEQ, itemsize)
+            batch = Batch(lengths[kind], heads, head_dim, SEQ, getattr(torch, dtype).itemsize)
             times = asdict(predict(kernel, found["costs"], gpu, batch, apart=batch.together))
             case = f"B{BATCH}-H{heads}-D{head_dim}-S{SEQ}-{kind}"
-            named = {
-                "gpu": gpu.name,
-                "dtype": dtype,
-                "precision": precision,
-                "case": case,
-                "variant": variant,
-            }
-            rows.append({**named, "kernel": kernel, **times, "excluded": found["excluded"]})
+            rows.append({
+                "gpu": gpu.name, "dtype": dtype, "precision": precision, "case": case, "variant": variant,
+                "kernel": kernel, **times, "excluded": found["excluded"],
+            })  # fmt: skip
     return rows
 
 

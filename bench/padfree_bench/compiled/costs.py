@@ -126,7 +126,8 @@ def excluded(compiled: Compiled) -> str:
     program keeps on the stack is counted as instructions.
     """
     usage = compiled.resources
-    in_tiles = any("local" in loop.mix for loop in score_loops(compiled.sass))
+    on_stack = usage["stack"] or usage["spills"]
+    in_tiles = on_stack and any("local" in loop.mix for loop in score_loops(compiled.sass))
     faults = {
         "products in fp32": not is_half(compiled),
         f"{usage['stack']} bytes on the stack": usage["stack"] and in_tiles,

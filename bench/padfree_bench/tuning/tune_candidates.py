@@ -8,7 +8,7 @@ registers, and keeps the few that the cost model expects to be the fastest.
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
@@ -98,31 +98,37 @@ def tighter(row: Found) -> Config | None:
     return None
 
 
+def look(items: list[Item], jobs: int) -> Iterator[Found]:
+    """What `examine` finds of each item, with what names it; a line on stderr for each that no GPU should time."""
+    for (passname, case, config, told), outcome in in_children(examine, items, jobs):
+        if reason := outcome.get("refused"):
+            print(f"{passname} {case} {name_of(config)} {told}: {reason}", file=sys.stderr, flush=True)
+        yield {"pass": passname, "case": case, "config": config, "told": told, **outcome}
+
+
+def menu(question: Question, jobs: int) -> tuple[list[Found], int]:
+    """The question's candidates, the best of them also with fewer registers, and how many were compiled for it."""
+    current = {told: question.row(told).config for told in TOLD}
+    items = [question.item(config, told) for config in question.configs() for told in TOLD]
+    found = list(look(items, jobs))
+    best = shortlist(current, found)
+    limited = [question.item(config, row["told"]) for row in best if (config := tighter(row))]
+    found += look([item for item in limited if item not in items], jobs)
+    return shortlist(current, found), len(found)
+
+
 def screen(asked: list[Question], path: Path, jobs: int) -> None:
     """Choose the candidates of these questions anew and write them to the file, after each question."""
     rows: list[Found] = []
     for question in asked:
-        current = {told: question.row(told).config for told in TOLD}
-        found: list[Found] = []
-        items = [question.item(config, told) for config in question.configs() for told in TOLD]
-        while items:
-            for (*_, config, told), outcome in in_children(examine, items, jobs):
-                named = {"pass": question.passname, "case": question.case.id, "config": config, "told": told}
-                found.append(named | outcome)
-                if reason := outcome.get("refused"):
-                    print(f"{question} {name_of(config)} {told}: {reason}", file=sys.stderr, flush=True)
-            try:
-                kept = shortlist(current, found)
-            except ValueError as error:
-                print(f"{question} is left out: {error}", file=sys.stderr, flush=True)
-                break
-            seen = {(row["config"], row["told"]) for row in found}
-            more = [(config, row["told"]) for row in kept if (config := tighter(row))]
-            items = [question.item(*it) for it in more if it not in seen]
-        else:
-            rows += kept
-            write_lines(path, {"triton": triton.__version__, "arch": ARCH, "rows": rows})
-            print(f"{question}: {len(kept)} of {len(found)} kept", flush=True)
+        try:
+            kept, compiled = menu(question, jobs)
+        except ValueError as error:
+            print(f"{question} is left out: {error}", file=sys.stderr, flush=True)
+            continue
+        rows += kept
+        write_lines(path, {"triton": triton.__version__, "arch": ARCH, "rows": rows})
+        print(f"{question}: {len(kept)} of {compiled} kept", flush=True)
 
 
 def read_candidates(path: Path) -> list[Found]:

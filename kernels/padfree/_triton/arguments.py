@@ -68,8 +68,8 @@ class Tile(NamedTuple):
 
     BLOCK_M query rows and BLOCK_N keys are a tile; BLOCK_D is HEAD_DIM rounded up to a power of two. GROUP query heads
     share a key head. SKIP_QUERIES leaves out rows at padded positions. ONE_LOOP walks all tiles in one pipelined loop
-    that masks every tile, instead of full tiles and an edge. The scan of a padding mask reads SCAN_BLOCK keys a step. PRECISION is that of tl.dot for fp32 operands ("ieee",
-    "tf32x3" or "tf32"), and strides are multiples of ALIGN.
+    that masks every tile, instead of full tiles and an edge. The scan of a padding mask reads SCAN_BLOCK keys a step.
+    PRECISION is that of tl.dot for fp32 operands ("ieee", "tf32x3" or "tf32"), and strides are multiples of ALIGN.
     """
 
     HEAD_DIM: int

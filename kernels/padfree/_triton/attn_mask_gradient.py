@@ -22,9 +22,7 @@ from padfree._triton.scores import (
     mask_of_head,
     scale_add,
 )
-from padfree._triton.spans import (
-    load_keep_n,
-)
+from padfree._triton.spans import load_keep_n
 from padfree._triton.tiles import (
     at_row,
     head_of,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,8 +20,6 @@ from padfree._triton.launch import Pointed
 OPEN = -1
 MAX_PROGRAMS = 2**31 - 1
 LOG2E = math.log2(math.e)
-# Keys of a padding mask that a thread reads at a time: their bytes are one load.
-SCANNED = 4
 # Bytes that heads launched side by side may share in the L2: a third of an H100's, two fifths of an A100's.
 L2_BYTES = 16 * 2**20
 
@@ -32,7 +31,7 @@ def settle_cache_keys() -> None:
     A kernel's key on disk depends on whether its callees were hashed before it (Triton 3.6 and 3.7: `_update_hash` reads
     a callee's constants before it has looked for them), so a process that starts with another kernel would compile anew.
     """
-    for function in (*vars(scores).values(), *vars(tiles).values(), *vars(spans).values()):
+    for function in chain.from_iterable(vars(module).values() for module in (scores, tiles, spans)):
         if isinstance(function, triton.JITFunction):
             _ = function.cache_key
 
@@ -234,7 +233,7 @@ class Call:
             GROUP=self.heads // self.kv_heads if self.kv_heads else 1,
             SKIP_QUERIES=self.skip_padded_queries and self.has_padding,
             ONE_LOOP=config.one_loop and (self.padding is not None or self.knows_lengths),
-            SCAN_BLOCK=SCANNED * 32 * config.num_warps,
+            SCAN_BLOCK=spans.SCANNED.value * 32 * config.num_warps,
             PRECISION=self.precision,
             ALIGN=row_alignment(self.query, self.key, self.value, *others),
         )

@@ -2,9 +2,9 @@
 
 A row is keyed by (pass, dtype kind, padded head_dim), fp32 by how it is multiplied (`dtype_kind`); of the rows whose
 `arch`, `max_length`, `plain` and `known` admit the call the first one wins, so special rows stand before general ones and
-the last row of a key is its fallback. An architecture without rows of its own takes the general ones. "There" in a reason means on the row's architectures
-under Triton 3.6.0 or 3.7.1. DESIGN.md, "Configurations", says how a row earns its place; `python -m bench tune`
-proposes rows from measurements.
+the last row of a key is its fallback. An architecture without rows of its own takes the general ones. "There" in a
+reason means on the row's architectures under Triton 3.6.0 or 3.7.1. DESIGN.md, "Configurations", says how a row earns its
+place; `python -m bench tune` proposes rows from measurements.
 """
 
 from functools import cache, lru_cache

@@ -10,6 +10,8 @@ import triton.language as tl
 
 # What may hide a key of a tile: nothing, the end of the sequence, or any byte of the padding mask.
 NOTHING, END, ANYTHING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Keys of a padding mask that a thread reads at a time: their bytes are one load.
+SCANNED = tl.constexpr(4)
 
 
 class Visible(NamedTuple):
@@ -76,15 +78,15 @@ def visible_keys(inputs, sequence, TILE: tl.constexpr):
 @triton.jit
 def find_visible(padding, padding_start, num_keys, TILE: tl.constexpr):
     """What a row of the padding mask leaves Visible."""
-    # A thread loads four keys at a time and joins them at once, so that it carries three numbers and not twelve.
+    # A thread joins the keys of a load at once, so that it carries three numbers and not three for each of them.
     SCAN_BLOCK: tl.constexpr = TILE.SCAN_BLOCK
-    FOURS: tl.constexpr = SCAN_BLOCK // 4
-    lasts, counts = tl.full((FOURS,), -1, tl.int32), tl.zeros((FOURS,), tl.int32)
+    LOADS: tl.constexpr = SCAN_BLOCK // SCANNED
+    lasts, counts = tl.full((LOADS,), -1, tl.int32), tl.zeros((LOADS,), tl.int32)
     firsts = counts + num_keys
     for start in range(0, num_keys, SCAN_BLOCK):
         n = start + tl.arange(0, SCAN_BLOCK)
-        keep_n = tl.reshape(load_keep_n(padding, padding_start, n, num_keys), (FOURS, 4))
-        n = tl.reshape(n, (FOURS, 4))
+        keep_n = tl.reshape(load_keep_n(padding, padding_start, n, num_keys), (LOADS, SCANNED))
+        n = tl.reshape(n, (LOADS, SCANNED))
         lasts = tl.maximum(lasts, tl.max(tl.where(keep_n, n, -1), 1))
         firsts = tl.minimum(firsts, tl.min(tl.where(keep_n, n, num_keys), 1))
         counts += tl.sum(keep_n.to(tl.int32), 1)
@@ -131,8 +133,8 @@ def visible_range(
 
     Each of own_first..own_last sees all of [full_lo, full_hi), which is empty if the range is `ragged`; in ONE_LOOP these
     are all tiles, and each of them masks what its rows do not see. Tiles start at `first`, so that a sequence padded on the
-    left is cut into the same tiles as when it is padded on the right. It serves
-    the keys of a tile of rows and, with the window's sides swapped, the rows of a tile of keys.
+    left is cut into the same tiles as when it is padded on the right. It serves the keys of a tile of rows and, with the
+    window's sides swapped, the rows of a tile of keys.
     """
     lo, full_lo, full_stop, hi = first, first, stop, stop
     if before is not None:
