@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from imdb_classifier.configuration import PRESETS, TextClassifierConfig
-from imdb_classifier.modeling import (
+from imdb_classifier.layers import (
     MultiHeadAttention,
     SelfAttention,
     Transformer,
@@ -279,7 +279,7 @@ def test_the_presets_are_the_notebooks_two_configurations():
 
 def test_the_notebooks_names_are_the_packages():
     import imdb_classifier
-    from imdb_classifier import modeling
+    from imdb_classifier import layers, modeling
 
     # where the notebook defines a class or a function of its model
     for name in (
@@ -290,5 +290,5 @@ def test_the_notebooks_names_are_the_packages():
         "positional_encoding",
         "TextClassifier",
     ):
-        assert getattr(imdb_classifier, name) is getattr(modeling, name)
+        assert getattr(imdb_classifier, name) is getattr(modeling if name == "TextClassifier" else layers, name)
     assert all(hasattr(imdb_classifier, name) for name in imdb_classifier.__all__)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _FUNCTIONS = {
     "padfree": ("padfree.integrations.transformers", "attention_forward"),
     "sdpa": ("transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
-    "eager": ("imdb_classifier.modeling", "eager_attention_forward"),
+    "eager": ("imdb_classifier.layers", "eager_attention_forward"),
 }
 ATTENTION_NAMES = ("auto", *_FUNCTIONS)
 

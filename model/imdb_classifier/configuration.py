@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 LABELS = {0: "NEGATIVE", 1: "POSITIVE"}
+LAYOUTS = ("auto", "packed", "padded")
 
 
 class TextClassifierConfig(PreTrainedConfig):
@@ -37,6 +38,11 @@ class TextClassifierConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     # The head reads row 0 alone, so the last layer needs no other: same logits, same gradients, less work.
     cls_only_last_layer: bool = True
+    # "packed": every layer computes real tokens alone, reviews end to end in one row; needs the attention padfree, and a
+    # collator that packs, or else the host waits for the GPU once a batch. Wins by the share of padding: batches of like
+    # lengths are 98 % full, batches in order of arrival 64 %. "padded": rows of one length [B, S], whose shapes repeat.
+    # "auto": packed where the attention is padfree and the collator packs.
+    layout: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Two labels, so that pipelines name the class; one logit stands behind both (see TextClassifier).
@@ -53,6 +59,8 @@ class TextClassifierConfig(PreTrainedConfig):
             raise ValueError(f"d_model must be divisible by n_heads = {self.n_heads}, got {self.d_model}")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.num_labels not in (1, 2):
             raise ValueError(f"num_labels must be 2 (or 1 for the bare logit), got {self.num_labels}")
 
