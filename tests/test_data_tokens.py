@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from imdb_classifier.data.batches import ReviewBatches, TokenizedReviews, pad, tokenize
+from imdb_classifier.data.batches import Collator, ReviewBatches, TokenizedReviews, tokenize
 from imdb_classifier.data.rows import Split
 from imdb_classifier.data.tokenization import check_tokenizer, count_ids, load_tokenizer, train_tokenizer
 from imdb_classifier.messages import UserError
@@ -28,7 +28,7 @@ def test_tokens_are_those_of_the_tokenizer_cut_at_the_limit(
     split = as_split(make_rows(20, seed=11))
     data = tokenize(split, tokenizer, 12, tmp_path)
     expected = tokenizer(split.texts, truncation=True, max_length=12)["input_ids"]
-    assert [ids.tolist() for ids, _, _ in (data[row] for row in range(len(data)))] == expected
+    assert [data[row].tolist() for row in range(len(data))] == expected
     assert data.lengths == [len(ids) for ids in expected]
     assert max(data.lengths) == 12
     assert data.labels.tolist() == split.labels
@@ -163,12 +163,39 @@ def test_grouping_by_length_removes_most_padding_and_keeps_long_and_short_mixed_
 
 def test_a_batch_is_padded_on_the_right_to_its_longest_review() -> None:
     data = TokenizedReviews.from_lists([[2, 5, 3], [2, 3], [2, 7, 8, 9, 3]], [1, 0, 1])
-    batch = pad([data[2], data[1]], pad_token_id=0)
+    batch = Collator(pad_token_id=0, max_length=8)(data.__getitems__([2, 1]))
     assert batch["input_ids"].tolist() == [[2, 7, 8, 9, 3], [2, 3, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [1, 0]
     assert batch["rows"].tolist() == [2, 1]
     assert batch["input_ids"].dtype == torch.int64
+
+
+def test_a_packed_batch_holds_the_reviews_end_to_end_and_their_places() -> None:
+    data = TokenizedReviews.from_lists([[2, 5, 3], [2, 3], [2, 7, 8, 9, 3]], [1, 0, 1])
+    batch = Collator(pad_token_id=0, max_length=8, packed=True)(data.__getitems__([2, 1]))
+    assert batch["input_ids"].tolist() == [[2, 7, 8, 9, 3, 2, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 7]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == 5
+    assert (batch["labels"].tolist(), batch["rows"].tolist()) == ([1, 0], [2, 1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_buckets_leave_few_shapes_and_change_no_token(packed: bool) -> None:
+    data = TokenizedReviews.from_lists([[2] * length for length in LENGTHS], [0] * len(LENGTHS))
+    collator, shapes = Collator(0, max(LENGTHS), packed, buckets=4), set()
+    for rows in ReviewBatches(LENGTHS, 16):
+        drawn = data.__getitems__(rows)
+        whole = Collator(0, max(LENGTHS), packed)(drawn)["input_ids"]
+        batch = collator(drawn)
+        shapes.add(batch["input_ids"].shape)
+        assert torch.equal(batch["input_ids"][:, : whole.shape[1]], whole)
+        assert not batch["input_ids"][:, whole.shape[1] :].any()
+        assert not packed or batch["max_length_q"] == max(LENGTHS)
+    # the last batch has fewer reviews
+    assert 1 < len(shapes) <= 5
 
 
 def test_a_trained_tokenizer_survives_saving_and_is_the_same_every_time(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_prediction_does_not_depend_on_the_batch_it_is_in(finished_run: Path, 
     for z in batched:
         torch.testing.assert_close(z, alone, rtol=0, atol=2e-6)
     model.eval()
-    row = data[0][0].long()[None]
+    row = data[0].long()[None]
     for length in (len(row[0]), 16, 20, 24):
         padded = torch.nn.functional.pad(row, (0, max(0, length - row.shape[1])))
         with torch.no_grad():

@@ -7,14 +7,14 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from huggingface_hub import constants
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerFast
 
@@ -24,11 +24,21 @@ from imdb_classifier.data.tokenization import encode
 # Batches that are sorted by length together; wide enough to save padding, narrow enough to keep batches random.
 WINDOW_IN_BATCHES = 32
 # Part of the cache's key, so that a file of another layout is never looked at.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+DIGEST_BYTES = 32
 # A call of the tokenizer keeps offsets, masks and the cut-off rest of all its texts until it returns.
 REVIEWS_AT_A_TIME = 1_000
 # Writing a cache file takes seconds: what has stood half written for a day was left by a kill.
 LEFTOVER_SECONDS = 24 * 3600
+
+
+class Drawn(NamedTuple):
+    """B reviews out of a split: their token ids end to end int32 [T], lengths [B], labels [B], row numbers [B]."""
+
+    ids: Tensor
+    lengths: Tensor
+    labels: Tensor
+    rows: Tensor
 
 
 class TokenizedReviews(torch.utils.data.Dataset):
@@ -42,13 +52,22 @@ class TokenizedReviews(torch.utils.data.Dataset):
     @classmethod
     def from_lists(cls, token_ids: Sequence[Sequence[int]], labels: Sequence[int]) -> "TokenizedReviews":
         flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int32)
-        return cls(flat, torch.tensor([len(ids) for ids in token_ids]), labels)
+        return cls(flat, torch.tensor([len(ids) for ids in token_ids], dtype=torch.int64), labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, int]:
-        return self.ids[self.starts[row] : self.starts[row + 1]], self.labels[row], row
+    def __getitem__(self, row: int) -> Tensor:
+        return self.ids[self.starts[row] : self.starts[row + 1]]
+
+    def __getitems__(self, rows: Sequence[int]) -> Drawn:
+        """A whole batch at once, which is what a DataLoader asks for."""
+        at = torch.as_tensor(rows)
+        starts = self.starts[at]
+        lengths = self.starts[at + 1] - starts
+        ends = lengths.cumsum(0)
+        where = torch.arange(int(ends[-1])) + (starts - ends + lengths).repeat_interleave(lengths)
+        return Drawn(self.ids[where], lengths, self.labels[at], at)
 
     @property
     def lengths(self) -> list[int]:
@@ -72,19 +91,30 @@ def tokenize(
     folder = cache_dir or Path(constants.HF_HOME) / "imdb_classifier"
     folder.mkdir(parents=True, exist_ok=True)
     cache_file = folder / f"tokens-{digest}.bin"
-    # the SHA-256 of what follows, and safetensors
-    content = cache_file.read_bytes() if cache_file.exists() else b""
-    if content[:32] != hashlib.sha256(content[32:]).digest():
+    tokens = _read_cache(cache_file)
+    if tokens is None:
         ids = []
         for at in range(0, len(split), REVIEWS_AT_A_TIME):
             encoded = encode(tokenizer, split.texts[at : at + REVIEWS_AT_A_TIME], max_length)
             ids += [torch.tensor(review, dtype=torch.int32) for review in encoded]
         lengths = torch.tensor([len(review) for review in ids], dtype=torch.int32)
-        body = safetensors.torch.save({"ids": torch.cat(ids), "lengths": lengths})
-        content = hashlib.sha256(body).digest() + body
-        _write_whole(cache_file, content)
-    tokens = safetensors.torch.load(content[32:])
-    return TokenizedReviews(tokens["ids"], tokens["lengths"], split.labels)
+        tokens = torch.cat([torch.tensor([len(ids)], dtype=torch.int32), lengths, *ids])
+        _write_whole(cache_file, hashlib.sha256(tokens.numpy()).digest() + tokens.numpy().tobytes())
+    reviews = int(tokens[0])
+    return TokenizedReviews(tokens[1 + reviews :], tokens[1 : 1 + reviews], split.labels)
+
+
+def _read_cache(file: Path) -> Tensor | None:
+    """The int32 numbers of a cache file behind their SHA-256, mapped into memory; None unless it is as it was written.
+
+    They are the number of reviews, the length of each, and all token ids.
+    """
+    size = file.stat().st_size if file.exists() else 0
+    if size % 4 or size <= DIGEST_BYTES:
+        return None
+    numbers = torch.from_file(str(file), shared=False, size=size // 4, dtype=torch.int32)
+    digest, tokens = numbers[: DIGEST_BYTES // 4], numbers[DIGEST_BYTES // 4 :]
+    return tokens if hashlib.sha256(tokens.numpy()).digest() == digest.numpy().tobytes() else None
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -154,33 +184,72 @@ def _mix(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "big") >> 1
 
 
-def pad(reviews: Sequence[tuple[Tensor, Tensor, int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Collate B reviews, padded on the right to the longest.
+@dataclass(frozen=True)
+class Collator:
+    """Makes a model's inputs of a batch, with `labels` and `rows` [B].
 
-    Returns: input_ids int64 [B,S], attention_mask int64 [B,S] with 1 = token, labels [B], row numbers [B].
+    Args:
+        pad_token_id: what fills up.
+        packed: reviews end to end, input_ids and position_ids [1, T], cu_seq_lens_q int32 [B + 1] and max_length_q;
+            otherwise padded on the right to the longest, input_ids and attention_mask int64 [B, S] with 1 = token.
+        max_length: of a review.
+        buckets: fill up to one of so many lengths, S or T, so that shapes repeat; 0 fills up no more than needed.
     """
-    ids, labels, rows = zip(*reviews, strict=True)
-    lengths = torch.tensor([len(review) for review in ids])
-    input_ids = pad_sequence(list(ids), batch_first=True, padding_value=pad_token_id).long()
-    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-    batch = {"input_ids": input_ids, "attention_mask": mask}
-    return batch | {"labels": torch.stack(labels), "rows": torch.tensor(rows)}
+
+    pad_token_id: int
+    max_length: int
+    packed: bool = False
+    buckets: int = 0
+
+    def __call__(self, drawn: Drawn) -> dict[str, Any]:
+        inputs = self._pack(drawn) if self.packed else self._pad(drawn)
+        return inputs | {"labels": drawn.labels, "rows": drawn.rows}
+
+    def _pad(self, drawn: Drawn) -> dict[str, Any]:
+        lengths = drawn.lengths[:, None]
+        is_token = torch.arange(self._filled(int(lengths.max()), self.max_length)) < lengths
+        input_ids = torch.full(is_token.shape, self.pad_token_id)
+        input_ids[is_token] = drawn.ids.long()
+        return {"input_ids": input_ids, "attention_mask": is_token.long()}
+
+    def _pack(self, drawn: Drawn) -> dict[str, Any]:
+        tokens, reviews = len(drawn.ids), len(drawn.lengths)
+        ends = drawn.lengths.cumsum(0)
+        position_ids = torch.arange(tokens) - (ends - drawn.lengths).repeat_interleave(drawn.lengths)
+        # Behind the last review, where it belongs to none.
+        filler = self._filled(tokens, reviews * self.max_length) - tokens
+        longest = self.max_length if self.buckets else int(drawn.lengths.max())
+        return {
+            "input_ids": pad(drawn.ids.long(), (0, filler), value=self.pad_token_id)[None],
+            "position_ids": pad(position_ids, (0, filler))[None],
+            "cu_seq_lens_q": pad(ends, (1, 0)).int(),
+            "max_length_q": longest,
+        }
+
+    def _filled(self, length: int, most: int) -> int:
+        """The next of `buckets` lengths up to `most`."""
+        if not self.buckets:
+            return length
+        step = -(-most // self.buckets)
+        return min(-(-length // step) * step, most)
 
 
 def make_loader(
-    data: TokenizedReviews, batches: ReviewBatches, pad_token_id: int, workers: int = 0
+    data: TokenizedReviews, batches: ReviewBatches, collator: Collator, workers: int = 0
 ) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
         data,
         batch_sampler=batches,
-        collate_fn=partial(pad, pad_token_id=pad_token_id),
+        collate_fn=collator,
         num_workers=workers,
-        worker_init_fn=_leave_signals_to_parent,
+        # From pinned memory a copy to the GPU runs while the host goes on.
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
         # Its own generator: starting an iterator must not draw from the one that dropout uses.
         generator=torch.Generator(),
     )
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
