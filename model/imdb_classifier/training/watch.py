@@ -1,0 +1,114 @@
+"""What the host wants to know of the training steps, kept on the device, so that it waits for none of them.
+
+The host reads one small tensor every `STEPS_BETWEEN_READS` steps. Until then a step whose loss or gradients are NaN or
+infinite has changed no weight, and neither has any step after it: the optimizer leaves out what `found_inf` tells it to.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+STEPS_BETWEEN_READS = 20
+# fp16 halves its loss scale after an overflow; from 2^16, this many in a row are no longer a search for a scale.
+MAX_SKIPPED_STEPS = 40
+
+
+class Reading(NamedTuple):
+    """What the host reads. The sums are over the epoch so far; `broken` is the first step of the watch, counted from 0,
+    that was not finite, and -1 where there was none.
+    """
+
+    loss_sum: float
+    correct: int
+    seen: int
+    batch_loss: float
+    skipped_in_a_row: int
+    broken: int
+
+
+class Watch:
+    """Sums of loss and right answers, and a stop for NaN and infinity, without a word to the host.
+
+    Call `look` in each step between its backward and the optimizer's step; `read` when the host wants to know.
+
+    Args:
+        optimizer: torch's own, with a fused step, which heeds `found_inf`.
+        parameters: names and parameters, as of `named_parameters()`.
+        reduce: sums a tensor over all processes; None where there is one.
+        scaled: whether a GradScaler searches its scale: its overflows leave out a step each, and only more than
+            `MAX_SKIPPED_STEPS` in a row are a fault.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        scaled: bool = False,
+    ) -> None:
+        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        self.names = [name for name, _ in trained]
+        self._parameters = [parameter for _, parameter in trained]
+        self._reduce, self._scaled = reduce, scaled
+        device = self._parameters[0].device
+        # loss, right answers, reviews: of the epoch, and of the last batch
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._batch = torch.zeros_like(self._sums)
+        self._steps, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        # Of the first step that was not finite: its number, its loss, and the norm of each gradient.
+        self._broken = torch.full((), -1, dtype=torch.int64, device=device)
+        self._values = torch.zeros(1 + len(trained), dtype=torch.float64, device=device)
+        # 1 from that step on, in the optimizer's form
+        self._stop = torch.zeros((), dtype=torch.float32, device=device)
+        optimizer.register_step_pre_hook(self._tell)
+
+    def start_epoch(self, loss_sum: float, correct: int, seen: int, skipped_in_a_row: int) -> None:
+        """Go on from these sums."""
+        self._sums.copy_(torch.tensor([loss_sum, correct, seen], dtype=torch.float64))
+        self._skipped.fill_(skipped_in_a_row)
+
+    @torch.no_grad()
+    def look(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Take in a step: its mean loss, its logits [B, 2] for labels [B], and the gradients that it left, unscaled."""
+        loss_sum = loss.detach().double() * len(labels)
+        correct = (logits.argmax(dim=-1) == labels).sum(dtype=torch.float64)
+        batch = torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
+        if self._reduce is not None:
+            batch = self._reduce(batch)
+        self._batch.copy_(batch)
+        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in self._parameters]
+        norms = torch.stack(torch._foreach_norm(gradients)).double()
+        values = torch.cat([batch[:1] / batch[2], norms])
+        finite = values.isfinite()
+        overflow = ~finite.all()
+        fault = overflow
+        if self._scaled:
+            self._skipped.copy_(torch.where(overflow, self._skipped + 1, 0))
+            fault = overflow & (~finite[0] | (self._skipped > MAX_SKIPPED_STEPS))
+        is_first = fault & (self._broken < 0)
+        self._values.copy_(torch.where(is_first, values, self._values))
+        self._broken.copy_(torch.where(is_first, self._steps, self._broken))
+        self._stop.copy_(self._broken >= 0)
+        self._steps += 1
+        self._sums += batch
+
+    def _tell(self, optimizer: Any, *_: object) -> None:
+        """Before each step of the optimizer, in which a GradScaler may have its own word."""
+        found = getattr(optimizer, "found_inf", None)
+        told = found is None or found is self._stop
+        optimizer.found_inf = self._stop if told else torch.maximum(found, self._stop)
+
+    def read(self) -> Reading:
+        """Wait for the device and read."""
+        numbers = torch.stack([self._batch[0] / self._batch[2], self._skipped.double(), self._broken.double()])
+        loss_sum, correct, seen, batch_loss, skipped, broken = torch.cat([self._sums, numbers]).tolist()
+        return Reading(loss_sum, int(correct), int(seen), batch_loss, int(skipped), int(broken))
+
+    def fault(self) -> tuple[float, float, list[str]]:
+        """Of the first step that was not finite: its loss, its gradient norm, and whose gradients were not."""
+        loss, *norms = self._values.tolist()
+        broken = [name for name, norm in zip(self.names, norms, strict=True) if not math.isfinite(norm)]
+        return loss, math.hypot(*norms), sorted(broken)
