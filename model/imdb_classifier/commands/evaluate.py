@@ -57,15 +57,22 @@ def evaluate(options: argparse.Namespace) -> int:
     from imdb_classifier.training.launcher import make_accelerator
     from imdb_classifier.training.reporting import progress_of
 
-    accelerator = make_accelerator(options.precision, options.cpu)
+    accelerator = make_accelerator(options.precision, options.cpu, options.compile)
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
     model, tokenizer = load_classifier(folder, attention)
     with accelerator.main_process_first():
         data = tokenize(split, tokenizer, model.config.max_length, options.cache_dir)
     began = time.monotonic()
     with progress_of(options.split, len(data), accelerator.is_main_process) as after_batch:
-        model, batch_size = accelerator.prepare(model), options.batch_size
-        result = inference.evaluate(model, data, accelerator, batch_size=batch_size, after_batch=after_batch)
+        result = inference.evaluate(
+            accelerator.prepare(model),
+            data,
+            accelerator,
+            batch_size=options.batch_size,
+            workers=inference.workers_for(accelerator),
+            buckets=inference.buckets_for(options),
+            after_batch=after_batch,
+        )
     seconds = time.monotonic() - began
     if not accelerator.is_main_process:
         return 0
@@ -91,6 +98,8 @@ def evaluate(options: argparse.Namespace) -> int:
     else:
         for note in reading.notes:
             print(f"data: {note}")
+        if (graphs := inference.say_graphs(options)) is not None:
+            print(graphs)
         say(summary, limit_is_the_runs=limit is not None and options.limit is None)
     return 0
 

@@ -11,6 +11,7 @@ from imdb_classifier.checkpoints import run_folder
 from imdb_classifier.commands import cli
 from imdb_classifier.data.rows import Reading
 from imdb_classifier.data.splits import load_reviews
+from imdb_classifier.messages import UserError
 
 if TYPE_CHECKING:
     from imdb_classifier.training.run import Run
@@ -48,7 +49,17 @@ def build_parser() -> argparse.ArgumentParser:
         "notebook does",
     )
     cli.add_compute_options(parser)
-    option("--workers", type=cli.non_negative, default=0, help="processes that make batches")
+    option(
+        "--cuda-graphs",
+        action="store_true",
+        help="on a GPU, replay the whole training step as one CUDA graph for each of a few batch shapes",
+    )
+    option(
+        "--workers",
+        type=cli.non_negative,
+        metavar="N",
+        help="processes that make batches (default: 2 on a GPU, else 0)",
+    )
     option("--output-dir", type=Path, default=cli.DEFAULT_OUTPUT_DIR, help="the run's folder")
     option(
         "--save-every",
@@ -78,7 +89,9 @@ def train(options: argparse.Namespace) -> int:
     # Only now: the faults above are told before torch and transformers take their seconds to load.
     from imdb_classifier.training.launcher import make_accelerator
 
-    accelerator = make_accelerator(options.precision, options.cpu)
+    if options.compile and options.cuda_graphs:
+        raise UserError("--compile and --cuda-graphs are two ways to launch less, expected one of them")
+    accelerator = make_accelerator(options.precision, options.cpu, options.compile)
     is_main = accelerator.is_main_process
     with run_folder.locked(options.output_dir) if is_main else nullcontext():
         if is_main:
@@ -95,6 +108,8 @@ def train(options: argparse.Namespace) -> int:
 
 
 def fit_and_report(run: "Run", notes: Sequence[str]) -> None:
+    from imdb_classifier.training.graphs import GraphedStep
+    from imdb_classifier.training.inference import say_graphs
     from imdb_classifier.training.loop import fit
     from imdb_classifier.training.reporting import Reporter
 
@@ -105,6 +120,10 @@ def fit_and_report(run: "Run", notes: Sequence[str]) -> None:
     finally:
         run.reporter.close()
     run.reporter.say(f"attention that ran: {run.attention}")
+    if (graphs := say_graphs(run.options)) is not None:
+        run.reporter.say(graphs)
+    if isinstance(run.step, GraphedStep):
+        run.reporter.say(f"CUDA graphs: {run.step.graphs}, for batches filled up to {run.buckets} lengths")
     if (best := run.state.best_record) is not None:
         run.reporter.say(
             f"chosen on validation: epoch {best['number']}, validation accuracy "

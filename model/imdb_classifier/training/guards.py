@@ -1,15 +1,14 @@
 """What a training run refuses to go on with: an optimizer of another model, NaN and infinity."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from imdb_classifier.checkpoints.checkpoint import write_json
-from imdb_classifier.checkpoints.run_folder import DIAGNOSTIC_FILE
+from imdb_classifier.checkpoints.run_folder import DIAGNOSTIC_FILE, Position
 from imdb_classifier.messages import NonFiniteError, UserError
 from imdb_classifier.training.run import Run
-
-# fp16 halves its loss scale after an overflow; from 2^16, this many in a row are no longer a search for a scale.
-MAX_SKIPPED_STEPS = 40
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -27,37 +26,26 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_finite(run: Run, loss: Tensor, rows: Tensor) -> None:
-    """Stop before the optimizer step on a loss or gradient that is NaN or infinite, and leave a diagnostic."""
-    scaled = run.accelerator.scaler is not None
-    if scaled:
-        run.accelerator.unscale_gradients(run.optimizer)
-    gradients = {name: p.grad for name, p in run.bare_model.named_parameters() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values())
-    loss_is_finite, norm_is_finite = torch.stack([loss.detach().float(), norm.float()]).isfinite().tolist()
-    if loss_is_finite and norm_is_finite:
-        run.state.skipped_in_a_row = 0
-        return
-    if loss_is_finite and scaled and run.state.skipped_in_a_row < MAX_SKIPPED_STEPS:
-        # The scaler leaves out this step and lowers its scale, which is how fp16 finds one.
-        run.state.skipped_in_a_row += 1
-        return
-    culprits = sorted(name for name, gradient in gradients.items() if not gradient.isfinite().all())
-    what = f"gradient norm is {norm.item()}" if loss_is_finite else f"loss is {loss.item()}"
-    position = run.state.position
+def describe_fault(run: Run, step: tuple[Position, Tensor]) -> NonFiniteError:
+    """The error for the step that `run.watch` found to be not finite, with a diagnostic beside the checkpoints."""
+    position, rows = step
+    loss, norm, culprits = run.watch.fault()
+    what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+    # The first of these batches is the oldest that was not read yet.
+    number = run.state.step - len(run.unread) + 1 + run.unread.index(step)
     diagnostic = {
         "what": what,
         "epoch": position.epoch + 1,
-        "batch": position.batch + 1,
-        "step": run.state.step + 1,
+        "batch": position.batch,
+        "step": number,
         "training_rows": rows.tolist(),
         "non_finite_gradients": culprits,
         "non_finite_weights": non_finite_weights(run.bare_model),
     }
     if run.accelerator.is_main_process:
         write_json(run.folder / DIAGNOSTIC_FILE, diagnostic)
-    raise NonFiniteError(
-        f"{what} at epoch {position.epoch + 1}, batch {position.batch + 1}: stopped before the optimizer step, "
+    return NonFiniteError(
+        f"{what} at epoch {position.epoch + 1}, batch {position.batch}: no weight was changed by this step or after it, "
         f"checkpoints are untouched; see {run.folder / DIAGNOSTIC_FILE}"
     )
 

@@ -1,5 +1,6 @@
 """Logits of many reviews: shared by training's evaluations and by the evaluate and predict commands."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from imdb_classifier.attention import choose_attention
-from imdb_classifier.data.batches import ReviewBatches, TokenizedReviews, make_loader
+from imdb_classifier.data.batches import Collator, ReviewBatches, TokenizedReviews, make_loader
 from imdb_classifier.messages import NonFiniteError, UserError
+from imdb_classifier.modeling import TextClassifier
 
+COMPILE_BUCKETS = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -21,6 +24,30 @@ def resolve_attention(name: str, accelerator: Accelerator, precision: str) -> tu
         return choose_attention(name, accelerator.device, DTYPES[precision])
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from None
+
+
+def buckets_for(options: Namespace) -> int:
+    """How many lengths batches are filled up to, so that torch.compile sees few shapes."""
+    return COMPILE_BUCKETS if options.compile else 0
+
+
+def workers_for(accelerator: Accelerator) -> int:
+    """Processes that make batches: a GPU is faster than one could be collated and sent."""
+    return 2 if accelerator.device.type == "cuda" else 0
+
+
+def say_graphs(options: Namespace) -> str | None:
+    """How many graphs torch.compile made, where it was asked to."""
+    if not options.compile:
+        return None
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return f"torch.compile: {made} graphs, for batches filled up to {COMPILE_BUCKETS} lengths"
+
+
+def collator_for(model: TextClassifier, buckets: int = 0) -> Collator:
+    """What makes batches of reviews for this model, packed if it packs."""
+    config = model.config
+    return Collator(config.pad_token_id, config.max_length, model.packs, buckets)
 
 
 @dataclass(frozen=True)
@@ -40,12 +67,14 @@ def evaluate(
     *,
     batch_size: int,
     workers: int = 0,
+    buckets: int = 0,
     after_batch: Callable[[int], None] = lambda reviews: None,
 ) -> Evaluation:
     """Classify every review in eval mode, in batches of like lengths.
 
     Args:
         model: as `accelerator.prepare` returned it.
+        buckets: as of `Collator`.
         after_batch: called with the number of its reviews after each batch, over all processes; what it raises
             ends the evaluation.
 
@@ -53,21 +82,25 @@ def evaluate(
         NonFiniteError: a logit is NaN or infinite, so that there is no loss and no label.
     """
     batches = ReviewBatches(data.lengths, batch_size, shuffle=False)
-    pad_token_id = accelerator.unwrap_model(model).config.pad_token_id
-    loader = accelerator.prepare_data_loader(make_loader(data, batches, pad_token_id, workers))
+    bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
+    loader = accelerator.prepare_data_loader(
+        make_loader(data, batches, collator_for(bare_model, buckets), workers)
+    )
     was_training = model.training
     model.eval()
-    z = torch.empty(len(data))
+    answers = []
     try:
         for batch in loader:
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            logits = model(**inputs).logits.float()
+            rows, _ = batch.pop("rows"), batch.pop("labels")
+            logits = model(**batch).logits.float()
             # Rows travel along: several processes may repeat a review to fill the last batch.
-            rows, margin = accelerator.gather((batch["rows"], logits[:, 1] - logits[:, 0]))
-            z[rows.cpu()] = margin.cpu()
-            after_batch(len(rows))
+            answers.append(accelerator.gather((rows, logits[:, 1] - logits[:, 0])))
+            after_batch(len(answers[-1][0]))
     finally:
         model.train(was_training)
+    z = torch.empty(len(data))
+    # Only now, so that no batch waits for the one before it.
+    z[torch.cat([rows for rows, _ in answers]).cpu()] = torch.cat([margin for _, margin in answers]).cpu()
     broken = (~z.isfinite()).nonzero().flatten().tolist()
     if broken:
         raise NonFiniteError(

@@ -8,10 +8,12 @@ import os
 
 import accelerate
 import torch
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, TorchDynamoPlugin
 
 from imdb_classifier.messages import UserError, note
 
+# Of torch.compile: training and evaluation, each with `BUCKETS` shapes and those of their last batches, and room.
+MAX_GRAPHS = 64
 ON = ("1", "on", "t", "true", "y", "yes")
 OFF = ("0", "off", "f", "false", "n", "no")
 
@@ -50,8 +52,10 @@ INERT = (
 )
 
 
-def make_accelerator(precision: str, cpu: bool) -> accelerate.Accelerator:
+def make_accelerator(precision: str, cpu: bool, compiled: bool = False) -> accelerate.Accelerator:
     """Device, precision and processes; `split_batches` keeps the batch size the same for any number of processes.
+
+    With `compiled`, torch.compile runs each model that is prepared, one graph for each shape that comes.
 
     Raises UserError where the precision cannot run here, or what a launcher set in the environment cannot be served.
     """
@@ -65,7 +69,10 @@ def make_accelerator(precision: str, cpu: bool) -> accelerate.Accelerator:
         accelerator = accelerate.Accelerator(
             mixed_precision=mixed_precision,
             cpu=cpu or not alone_or_on_gpus,
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            dataloader_config=DataLoaderConfiguration(
+                split_batches=True, non_blocking=torch.cuda.is_available()
+            ),
+            dynamo_plugin=TorchDynamoPlugin(backend="inductor", dynamic=False) if compiled else None,
         )
     except (ValueError, ImportError, torch.distributed.DistError) as error:
         refused = "accelerate" if precision == "fp32" else f"precision {precision}"
@@ -75,7 +82,10 @@ def make_accelerator(precision: str, cpu: bool) -> accelerate.Accelerator:
     matmul.allow_tf32 = asked == "tf32"
     matmul.fp32_precision = asked
     check_processes(accelerator)
-    say_what_was_taken(accelerator, cpu)
+    if compiled:
+        # Its own limit is 8, beyond which it would run uncompiled without a word.
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    say_what_was_taken(accelerator, cpu, compiled)
     return accelerator
 
 
@@ -131,12 +141,12 @@ def check_processes(accelerator: accelerate.Accelerator) -> None:
         )
 
 
-def say_what_was_taken(accelerator: accelerate.Accelerator, cpu: bool) -> None:
-    """A note on standard error for each setting that changes how the command computes; `cpu` is --cpu."""
+def say_what_was_taken(accelerator: accelerate.Accelerator, cpu: bool, compiled: bool) -> None:
+    """A note on standard error for each setting that changes how the command computes; `cpu` and `compiled` are options."""
     if not accelerator.is_main_process:
         return
     plugin = accelerator.state.dynamo_plugin
-    if plugin.backend.value != "NO":
+    if plugin.backend.value != "NO" and not compiled:
         backend = plugin.backend.value.lower()
         note(f"torch.compile runs the model, backend {backend}, as ACCELERATE_DYNAMO_BACKEND says")
     if accelerator.device.type == "cpu" and not cpu:

@@ -7,27 +7,31 @@ far. On a GPU that holds as far as its kernels repeat. The TensorBoard log may s
 """
 
 import time
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from imdb_classifier.checkpoints.run_folder import Position
 from imdb_classifier.data.batches import ReviewBatches, make_loader
 from imdb_classifier.messages import NonFiniteError, Stopped
-from imdb_classifier.training.guards import check_finite
-from imdb_classifier.training.inference import Evaluation, evaluate
+from imdb_classifier.training.graphs import GraphedStep
+from imdb_classifier.training.guards import describe_fault
+from imdb_classifier.training.inference import Evaluation, collator_for, evaluate
 from imdb_classifier.training.run import Run
 from imdb_classifier.training.saving import merit, save
-
-STEPS_BETWEEN_METRICS = 20
+from imdb_classifier.training.watch import STEPS_BETWEEN_READS, Reading
 
 
 def fit(run: Run) -> None:
     """Train to the last epoch; after each, evaluate, let validation choose the best, and save.
 
-    Raises NonFiniteError where a loss, gradient, weight or evaluation is NaN or infinite; the last checkpoint stands
-    as it was. Raises Stopped where a signal came; the state is saved.
+    Raises NonFiniteError where a loss, gradient, weight or evaluation is NaN or infinite, at most `STEPS_BETWEEN_READS`
+    steps after it, in which no weight has changed; the last checkpoint stands as it was. Raises Stopped where a signal came; the state is saved.
     """
+    run.step = partial(take_step, run)
+    if run.options.cuda_graphs:
+        run.step = GraphedStep(run.step)
     with run.stop:
         while run.state.position.epoch < run.options.epochs:
             train_epoch(run)
@@ -47,42 +51,53 @@ def train_epoch(run: Run) -> None:
         start=state.position.batch,
     )
     loader = run.accelerator.prepare_data_loader(
-        make_loader(data, batches, run.bare_model.config.pad_token_id, options.workers)
+        make_loader(data, batches, collator_for(run.bare_model, run.buckets), run.workers)
     )
     run.reporter.start_epoch(epoch + 1, options.epochs, state.position.batch, batches.total)
     run.model.train()
+    run.watch.start_epoch(state.loss_sum, state.correct, state.seen, state.skipped_in_a_row)
     run.epoch_began = time.monotonic()
     for batch in loader:
         rows = batch.pop("rows")
-        output = run.model(**batch)
-        run.accelerator.backward(output.loss)
-        check_finite(run, output.loss, rows)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-
-        loss, correct, seen = totals(run, output.loss, output.logits, batch["labels"])
-        state.loss_sum += loss * seen
-        state.correct += correct
-        state.seen += seen
+        run.step(batch)
         state.step += 1
         state.position = Position(epoch, state.position.batch + 1)
-        run.reporter.step(state.position.batch, seen, state.loss_sum / state.seen)
-        if state.step % STEPS_BETWEEN_METRICS == 0:
-            run.reporter.metrics(state.position, state.step, {"train/batch_loss": loss})
+        run.unread.append((state.position, rows))
+        run.reporter.step(state.position.batch, len(rows) * run.accelerator.num_processes)
+        if state.step % STEPS_BETWEEN_READS == 0:
+            reading = read(run)
+            run.reporter.metrics(state.position, state.step, {"train/batch_loss": reading.batch_loss})
         stop_if_asked(run)
         if options.save_every and state.step % options.save_every == 0:
+            read(run)
             save(run)
+    read(run)
     run.reporter.end_epoch()
 
 
-def totals(run: Run, loss: Tensor, logits: Tensor, labels: Tensor) -> tuple[float, int, int]:
-    """(mean loss, correct, reviews) of a batch over all processes."""
-    correct = (logits.argmax(dim=-1) == labels).sum()
-    if run.accelerator.num_processes == 1:
-        return loss.item(), int(correct), len(labels)
-    seen = torch.full_like(correct, len(labels))
-    loss_sum, correct, seen = run.accelerator.reduce((loss.detach() * seen, correct, seen), reduction="sum")
-    return loss_sum.item() / int(seen), int(correct), int(seen)
+def take_step(run: Run, batch: dict[str, Any]) -> None:
+    """One step of the optimizer; nothing in it waits for the device, so that a CUDA graph can hold it."""
+    run.optimizer.zero_grad()
+    output = run.model(**batch)
+    run.accelerator.backward(output.loss)
+    if run.accelerator.scaler is not None:
+        run.accelerator.unscale_gradients(run.optimizer)
+    run.watch.look(output.loss, output.logits, batch["labels"])
+    run.optimizer.step()
+
+
+def read(run: Run) -> Reading:
+    """Wait for the device and take over its sums; NonFiniteError if one of the steps since the last time was broken."""
+    state, reading = run.state, run.watch.read()
+    if reading.broken >= 0:
+        raise describe_fault(run, run.unread[reading.broken - run.steps_read])
+    run.steps_read += len(run.unread)
+    run.unread.clear()
+    state.loss_sum, state.correct, state.seen = reading.loss_sum, reading.correct, reading.seen
+    state.skipped_in_a_row = reading.skipped_in_a_row
+    if state.seen:
+        run.reporter.mean_loss = state.loss_sum / state.seen
+    return reading
 
 
 def finish_epoch(run: Run) -> None:
@@ -128,7 +143,8 @@ def evaluate_split(run: Run, name: str) -> Evaluation:
             run.data[name],
             run.accelerator,
             batch_size=run.options.batch_size,
-            workers=run.options.workers,
+            workers=run.workers,
+            buckets=run.buckets,
             after_batch=lambda reviews: stop_if_asked(run),
         )
     except NonFiniteError as error:
@@ -143,6 +159,7 @@ def stop_if_asked(run: Run) -> None:
         asked = torch.tensor([number], device=run.accelerator.device)
         number = int(run.accelerator.gather(asked).max())
     if number:
+        read(run)
         save(run)
         run.reporter.end_epoch()
         raise Stopped(f"stopped by signal {number}; add --resume to the command to go on", number)

@@ -69,6 +69,8 @@ class Reporter:
     def __init__(self, run_folder: Path, active: bool, position: Position):
         self.run_folder = run_folder
         self.active = active
+        # Of the epoch so far, as it was last read from the device.
+        self.mean_loss: float | None = None
         self._progress: Progress | None = None
         self._board: Any = None
         if active:
@@ -98,13 +100,15 @@ class Reporter:
                     self._board.add_scalar(name, value, step)
 
     def start_epoch(self, number: int, epochs: int, done: int, total: int) -> None:
+        self.mean_loss = None
         if self.active:
             self._progress = Progress(f"epoch {number}/{epochs}", total, "batch", self.say, done)
 
-    def step(self, done: int, reviews: int, mean_loss: float) -> None:
-        """After each batch: `done` batches of the epoch, `reviews` in this one, the epoch's mean loss so far."""
+    def step(self, done: int, reviews: int) -> None:
+        """After each batch: `done` batches of the epoch, `reviews` in this one."""
         if self._progress is not None:
-            self._progress.advance(done - self._progress.done, reviews, f"loss {mean_loss:.4f}, ")
+            known = "" if self.mean_loss is None else f"loss {self.mean_loss:.4f}, "
+            self._progress.advance(done - self._progress.done, reviews, known)
 
     def end_epoch(self) -> None:
         if self._progress is not None:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -12,13 +13,18 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from imdb_classifier.checkpoints.run_folder import Position
 from imdb_classifier.data.batches import TokenizedReviews
 from imdb_classifier.modeling import TextClassifier
+from imdb_classifier.training import inference
 from imdb_classifier.training.reporting import Reporter
+from imdb_classifier.training.watch import Watch
+
+# A captured graph costs a second and not a compilation, so that there may be more of them.
+GRAPH_BUCKETS = 16
 
 
 @dataclass
@@ -96,10 +102,26 @@ class Run:
     data: dict[str, TokenizedReviews]
     stop: StopRequest = field(default_factory=StopRequest)
     reporter: Reporter = field(init=False)
+    watch: Watch = field(init=False)
+    # Trains on a batch, the collator's without `rows`.
+    step: Callable[[dict[str, Any]], None] = field(init=False)
     state: RunState = field(default_factory=RunState)
     saved_at: Position | None = None
+    # Position after each step that the host has not read the outcome of, with its rows on the device.
+    unread: list[tuple[Position, Tensor]] = field(default_factory=list)
+    steps_read: int = 0
     # Beside the state: a clock would make equal runs write different checkpoints.
     epoch_began: float = 0.0
+
+    @property
+    def buckets(self) -> int:
+        """Of `Collator`: how many lengths batches are filled up to."""
+        return GRAPH_BUCKETS if self.options.cuda_graphs else inference.buckets_for(self.options)
+
+    @property
+    def workers(self) -> int:
+        given: int | None = self.options.workers
+        return inference.workers_for(self.accelerator) if given is None else given
 
     @property
     def bare_model(self) -> TextClassifier:

@@ -1,6 +1,7 @@
 """How a run comes to be: a new classifier or the newest intact checkpoint, its data, and its optimizer."""
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from imdb_classifier.modeling import TextClassifier
 from imdb_classifier.training import guards, saving
 from imdb_classifier.training.inference import resolve_attention
 from imdb_classifier.training.run import Run
+from imdb_classifier.training.watch import Watch
 
 # They decide a run's result, so a resumed run must repeat them; how it is computed may change.
 DECIDING_OPTIONS = (
@@ -29,6 +31,10 @@ DECIDING_OPTIONS = (
 def assemble(options: Namespace, reviews: Reviews, accelerator: Accelerator) -> Run:
     """Build model, optimizer and data, fresh or from the newest intact checkpoint."""
     attention, reason = resolve_attention(options.attention, accelerator, options.precision)
+    if options.cuda_graphs and accelerator.device.type != "cuda":
+        raise UserError("--cuda-graphs needs a GPU, this run is on the CPU")
+    if options.cuda_graphs and accelerator.num_processes > 1:
+        raise UserError(f"--cuda-graphs is for one process, got {accelerator.num_processes}")
     settings = {name: getattr(options, name) for name in DECIDING_OPTIONS}
     # Each process draws its own dropout, so their number decides the result as well.
     settings |= {"data_sha256": reviews.fingerprint(), "processes": accelerator.num_processes}
@@ -44,7 +50,10 @@ def assemble(options: Namespace, reviews: Reviews, accelerator: Accelerator) -> 
             name: tokenize(split, tokenizer, options.max_length, options.cache_dir)
             for name, split in reviews.by_name().items()
         }
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
+    # Fused: one kernel, which heeds `found_inf`; capturable: in a CUDA graph too.
+    on_gpu = accelerator.device.type == "cuda"
+    rate = options.learning_rate
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True, capturable=on_gpu)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     guards.check_optimizer(prepared_model, prepared_optimizer)
     # From here each process draws its own dropout.
@@ -59,6 +68,12 @@ def assemble(options: Namespace, reviews: Reviews, accelerator: Accelerator) -> 
         optimizer=prepared_optimizer,
         tokenizer=tokenizer,
         data=data,
+    )
+    run.watch = Watch(
+        optimizer,
+        run.bare_model.named_parameters(),
+        None if accelerator.num_processes == 1 else partial(accelerator.reduce, reduction="sum"),
+        scaled=accelerator.scaler is not None,
     )
     if resumed_from is not None:
         saving.restore(run, resumed_from)
