@@ -63,9 +63,14 @@ def evaluate(options: argparse.Namespace) -> int:
     with accelerator.main_process_first():
         data = tokenize(split, tokenizer, model.config.max_length, options.cache_dir)
     began = time.monotonic()
-    with progress_of(options.split, len(data), accelerator.is_main_process) as after_batch:
-        model, batch_size = accelerator.prepare(model), options.batch_size
-        result = inference.evaluate(model, data, accelerator, batch_size=batch_size, after_batch=after_batch)
+    with progress_of(options.split, len(data), accelerator.is_main_process) as progress:
+        result = inference.evaluate(
+            accelerator.prepare(model),
+            data,
+            accelerator,
+            batch_size=options.batch_size,
+            after_batch=progress.after_batch,
+        )
     seconds = time.monotonic() - began
     if not accelerator.is_main_process:
         return 0

@@ -111,9 +111,11 @@ def predict(options: argparse.Namespace) -> int:
     model, tokenizer = load_classifier(folder, attention)
     token_ids = encode(tokenizer, texts, model.config.max_length)
     data = TokenizedReviews.from_lists(token_ids, [0] * len(texts))
-    with progress_of("predict", len(texts), accelerator.is_main_process) as after_batch:
+    with progress_of("predict", len(texts), accelerator.is_main_process) as progress:
         model, batch_size = accelerator.prepare(model), options.batch_size
-        result = inference.evaluate(model, data, accelerator, batch_size=batch_size, after_batch=after_batch)
+        result = inference.evaluate(
+            model, data, accelerator, batch_size=batch_size, after_batch=progress.after_batch
+        )
     if not accelerator.is_main_process:
         return 0
     if not options.json:
