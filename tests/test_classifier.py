@@ -5,9 +5,10 @@ import json
 import math
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 import torch
@@ -195,10 +196,23 @@ def test_loading_and_answering_leave_what_belongs_to_the_caller(finished_run: Pa
     assert {name for name in before if loaded[name] != before[name]} <= {"random"}
 
 
-def test_threads_share_a_classifier_and_may_load_their_own(
-    finished_run: Path, classifier: Classifier, whole: list[float]
+def test_threads_share_a_classifier_in_turns_and_may_load_their_own(
+    finished_run: Path, classifier: Classifier, whole: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[list[float]] = []
+    inside: list[object] = []
+    evaluate = inference.evaluate
+
+    def watched(model: Any, *arguments: Any, **options: Any) -> inference.Evaluation:
+        inside.append(model)
+        time.sleep(0.05)
+        assert inside.count(model) == 1
+        try:
+            return evaluate(model, *arguments, **options)
+        finally:
+            inside.remove(model)
+
+    monkeypatch.setattr(inference, "evaluate", watched)
 
     def ask(own: bool) -> None:
         mine = Classifier.load(finished_run, batch_size=4, device="cpu") if own else classifier

@@ -290,7 +290,8 @@ def test_lines_of_a_stream_are_those_of_the_whole_wherever_a_block_ends(content:
             assert told(lambda file=file: list(decode_lines("file", file))) == expected  # type: ignore[misc]
 
 
-def test_a_byte_that_is_not_utf8_is_found_behind_a_byte_order_mark() -> None:
+def test_a_byte_order_mark_is_no_text_and_moves_no_fault() -> None:
+    assert decode("file", CONTENTS["byte order mark"]) == "good\nbad\n"
     expected = "file:2: byte 0xe9 is not UTF-8, expected UTF-8 text"
     assert told(lambda: [decode("file", CONTENTS["latin-1"])]) == expected
     assert told(lambda: [decode("file", CONTENTS["latin-1 behind a byte order mark"])]) == expected
