@@ -1,13 +1,16 @@
 """The data set as people have it: other columns, labels, folders and kinds of files."""
 
 import csv
+import io
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from imdb_classifier.checkpoints.checkpoint import STATE_FILE, read_json, write_json
 from imdb_classifier.commands import evaluate, train
+from imdb_classifier.data.formats import decode, decode_lines
 from imdb_classifier.data.rows import Reading, Split
 from imdb_classifier.data.sources import read_source
 from imdb_classifier.data.splits import load_reviews
@@ -227,3 +230,82 @@ def test_a_run_from_before_columns_could_be_named_is_resumed(finished_run: Path,
 def test_a_column_without_a_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(train_arguments(tmp_path, tmp_path / "run", "--text-column", "")) == 2
     assert "argument --text-column: got an empty name" in capsys.readouterr().err
+
+
+class Trickle(io.RawIOBase):
+    """A pipe from which each read takes at most so many bytes; it cannot be gone back in."""
+
+    def __init__(self, content: bytes, at_once: int) -> None:
+        self.content, self.at_once = content, at_once
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        taken = self.content[: min(self.at_once, len(buffer))]
+        self.content = self.content[len(taken) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+
+CONTENTS: dict[str, bytes] = {
+    "nothing": b"",
+    "a newline": b"\n",
+    "no newline at the end": b"good\nbad",
+    "letters of one to four bytes": "a\u00e9\u20ac\U0001f600\n\U0001f600\u20ac\u00e9a\n".encode(),
+    "carriage returns": b"good\r\nso\rso\r\n\r\nbad\r",
+    "other ends of lines": "a\x0bb\x0cc\x1cd\x85e\u2028f\n\u2029g".encode(),
+    "byte order mark": b"\xef\xbb\xbfgood\nbad\n",
+    "two byte order marks": b"\xef\xbb\xbf\xef\xbb\xbfgood\nbad\n",
+    "byte order mark later": b"good\n\xef\xbb\xbfbad\n",
+    "half a byte order mark": b"\xef\xbb\ngood",
+    "latin-1": b"good\ncaf\xe9 \nbad",
+    "latin-1 behind a byte order mark": b"\xef\xbb\xbfgood\ncaf\xe9 \nbad",
+    "latin-1 in the first line behind a byte order mark": b"\xef\xbb\xbfcaf\xe9 \nbad",
+    "letter cut by a newline": b"good\n\xe2\x82\n\xac",
+    "letter cut by the end": b"good\nbad \xf0\x9f\x98",
+    "a long form of a newline": b"good\xc0\x8abad\n",
+    "a surrogate": b"good\nbad \xed\xa0\x80\n",
+    "UTF-16": "good\nbad\n".encode("utf-16"),
+    "UTF-16 without a mark": "good\nbad\n".encode("utf-16-le"),
+    "UTF-32": "good\nbad\n".encode("utf-32"),
+}
+
+
+def told(read: Callable[[], list[str]]) -> list[str] | str:
+    try:
+        return read()
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
+def test_lines_of_a_stream_are_those_of_the_whole_wherever_a_block_ends(content: bytes) -> None:
+    whole = told(lambda: decode("file", content).split("\n"))
+    # The text behind the last newline, where there is none, is no line of a stream.
+    expected = whole[:-1] if isinstance(whole, list) and not whole[-1] else whole
+    for at_once in range(1, len(content) + 2):
+        for block in (1, 2, 3, 8192):
+            file = io.BufferedReader(Trickle(content, at_once), block)
+            assert told(lambda file=file: list(decode_lines("file", file))) == expected  # type: ignore[misc]
+
+
+def test_a_byte_order_mark_is_no_text_and_moves_no_fault() -> None:
+    assert decode("file", CONTENTS["byte order mark"]) == "good\nbad\n"
+    expected = "file:2: byte 0xe9 is not UTF-8, expected UTF-8 text"
+    assert told(lambda: [decode("file", CONTENTS["latin-1"])]) == expected
+    assert told(lambda: [decode("file", CONTENTS["latin-1 behind a byte order mark"])]) == expected
+
+
+def test_a_stream_is_read_no_further_than_the_line_that_is_asked_for() -> None:
+    read = []
+
+    def lines() -> Iterator[bytes]:
+        for number in range(5):
+            read.append(number)
+            yield b"\xff\n" if number == 3 else b"good\n"
+
+    decoded = decode_lines("file", lines())
+    assert read == []
+    assert [next(decoded), next(decoded)] == ["good", "good"]
+    assert read == [0, 1]

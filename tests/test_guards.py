@@ -92,7 +92,11 @@ class Poison:
 
     def changed_weights(self) -> list[str]:
         now = self.model.state_dict()
-        return [n for n, old in self.weights.items() if not torch.equal(now[n].view(torch.int32), old.view(torch.int32))]
+        return [
+            n
+            for n, old in self.weights.items()
+            if not torch.equal(now[n].view(torch.int32), old.view(torch.int32))
+        ]
 
 
 @pytest.mark.parametrize("step", [1, STEPS_AN_EPOCH + 2])

@@ -19,7 +19,7 @@ from imdb_classifier.checkpoints.run_folder import positions
 from imdb_classifier.commands import evaluate, predict, train
 from imdb_classifier.messages import UserError
 from imdb_classifier.training import launcher
-from tiny_reviews import train_arguments
+from tiny_reviews import make_rows, train_arguments
 from tiny_runs import SOURCES, assert_same_run, contents
 
 
@@ -275,7 +275,10 @@ def test_torchrun_without_a_gpu_trains_one_run_on_the_cpu_that_everything_reads(
             key: value.shape for key, value in theirs.items()
         }
     # Alone and in two processes a review is in another batch: one unit of rounding, as in test_training.py.
-    for command, words in (("evaluate", []), ("predict", ["a good film", "an awful film", "a film"])):
+    reviews = tmp_path / "reviews.txt"
+    # Two windows of imdb-predict, and a batch of one review at the end.
+    reviews.write_text("\n".join(text for text, _ in make_rows(71, seed=4)))
+    for command, words in (("evaluate", []), ("predict", ["--batch-size", "2", "--file", str(reviews)])):
         file = ["--logits", str(tmp_path / "logits")] if command == "evaluate" else []
         arguments = ["--checkpoint", str(run), "--json", *file, *words]
         shown = run_module(command, *arguments, processes=2)

@@ -290,5 +290,7 @@ def test_the_notebooks_names_are_the_packages():
         "positional_encoding",
         "TextClassifier",
     ):
-        assert getattr(imdb_classifier, name) is getattr(modeling if name == "TextClassifier" else layers, name)
+        assert getattr(imdb_classifier, name) is getattr(
+            modeling if name == "TextClassifier" else layers, name
+        )
     assert all(hasattr(imdb_classifier, name) for name in imdb_classifier.__all__)

@@ -1,7 +1,8 @@
 """imdb_classifier: the course notebook's Transformer for IMDB reviews, with its attention chosen by name.
 
 To be read in the order of its imports: configuration, layers, modeling and attention; data/, from files to batches;
-checkpoints/, what a run leaves on the disk; training/, the run itself; commands/, the programs.
+checkpoints/, what a run leaves on the disk; training/, the run itself, and `Classifier`, what it is good for;
+commands/, the programs.
 
 Names are loaded when first used, so that a command's `--help` does not wait for torch and transformers.
 """
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
         positional_encoding,
     )
     from imdb_classifier.modeling import TextClassifier
+    from imdb_classifier.training.classifier import Classifier, Prediction
 
 __all__ = [
     "ATTENTION_NAMES",
     "PRESETS",
+    "Classifier",
     "MultiHeadAttention",
+    "Prediction",
     "SelfAttention",
     "TextClassifier",
     "TextClassifierConfig",
@@ -38,7 +42,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in ("attention", "configuration", "layers", "modeling"):
+        for home in ("attention", "configuration", "layers", "modeling", "training.classifier"):
             if hasattr(module := import_module(f"{__name__}.{home}"), name):
                 return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

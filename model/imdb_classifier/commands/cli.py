@@ -111,7 +111,9 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
         option(name, dest="attention", action="store_const", const=attention, help=same)
     what = "arithmetic of the forward and backward pass; weights stay fp32"
     parser.add_argument("--precision", choices=PRECISION_CHOICES, default="fp32", help=what)
-    what = "run the model through torch.compile, which takes minutes at first; batches get one of a few shapes"
+    what = (
+        "run the model through torch.compile, which takes minutes at first; batches get one of a few shapes"
+    )
     parser.add_argument("--compile", action="store_true", help=what)
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where a GPU is present")
 

@@ -63,15 +63,15 @@ def evaluate(options: argparse.Namespace) -> int:
     with accelerator.main_process_first():
         data = tokenize(split, tokenizer, model.config.max_length, options.cache_dir)
     began = time.monotonic()
-    with progress_of(options.split, len(data), accelerator.is_main_process) as after_batch:
+    with progress_of(options.split, len(data), accelerator.is_main_process) as progress:
         result = inference.evaluate(
             accelerator.prepare(model),
             data,
             accelerator,
             batch_size=options.batch_size,
             workers=inference.workers_for(accelerator),
-            buckets=inference.buckets_for(options),
-            after_batch=after_batch,
+            buckets=inference.buckets_for(options.compile),
+            after_batch=progress.after_batch,
         )
     seconds = time.monotonic() - began
     if not accelerator.is_main_process:
@@ -98,7 +98,7 @@ def evaluate(options: argparse.Namespace) -> int:
     else:
         for note in reading.notes:
             print(f"data: {note}")
-        if (graphs := inference.say_graphs(options)) is not None:
+        if (graphs := inference.say_graphs(options.compile)) is not None:
             print(graphs)
         say(summary, limit_is_the_runs=limit is not None and options.limit is None)
     return 0

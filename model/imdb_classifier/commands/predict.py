@@ -3,16 +3,20 @@
 import argparse
 import itertools
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from imdb_classifier.checkpoints.run_folder import resolve
 from imdb_classifier.commands import cli
-from imdb_classifier.data.formats import decode
+from imdb_classifier.data.formats import decode_lines
 from imdb_classifier.data.rows import check_text
 from imdb_classifier.messages import UserError, warn
+
+if TYPE_CHECKING:
+    from imdb_classifier.training.classifier import Prediction
 
 
 class ReviewParser(cli.OneLineParser):
@@ -42,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="a review, behind -- if it starts with a dash; without any, --file or standard input is read",
     )
     cli.add_checkpoint_option(parser)
-    what = "a text file with one review a line; blank lines are skipped with a warning"
+    what = (
+        "a text file with one review a line, of any length, a pipe too; blank lines are skipped with a warning. "
+        "Reviews are read, computed and answered 32 batches at a time"
+    )
     option("--file", type=Path, help=what)
     option("--batch-size", type=cli.positive, default=64, help="reviews at a time")
     cli.add_compute_options(parser)
@@ -56,77 +63,107 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run_command(build_parser(), predict, argv)
 
 
-def read_texts(options: argparse.Namespace) -> dict[int, str]:
+def read_reviews(options: argparse.Namespace) -> Iterator[tuple[int, str]]:
     """The reviews from the one place that was named, by line or by place among the arguments, both from 1.
 
-    Raises UserError where two places or none were named, or a line is not a review.
+    A file and standard input are read as far as is asked for. Raises UserError where two places or none were named, or
+    a line is not a review.
     """
     if options.texts and options.file:
         raise UserError("reviews are given both as arguments and by --file, expected one of them")
     if options.texts:
-        where, texts = "argument ", dict(enumerate(options.texts, start=1))
-        for number, text in texts.items():
-            if not text.strip():
-                raise UserError(f"argument {number}: text is empty, expected a review")
+        yield from check_arguments(options.texts)
+    elif options.file is not None:
+        with options.file.open("rb") as file:
+            if not options.file.is_file():
+                refuse_processes(str(options.file))
+            yield from read_lines(str(options.file), file)
+    elif sys.stdin.isatty():
+        raise UserError("no review given, expected TEXT, --file or reviews on standard input")
     else:
-        if options.file is None and sys.stdin.isatty():
-            raise UserError("no review given, expected TEXT, --file or reviews on standard input")
-        name = "standard input" if options.file is None else str(options.file)
-        raw = sys.stdin.buffer.read() if options.file is None else options.file.read_bytes()
-        where, texts = f"{name}:", read_lines(name, raw)
-    for number, text in texts.items():
-        check_text(f"{where}{number}", text)
-    return texts
+        refuse_processes("standard input")
+        yield from read_lines("standard input", sys.stdin.buffer)
 
 
-def read_lines(name: str, raw: bytes) -> dict[int, str]:
-    """Line number and text of every line that is not blank, with a warning where answers will have a gap."""
-    lines = enumerate(decode(name, raw).split("\n"), start=1)
-    texts = {number: line.removesuffix("\r") for number, line in lines if line.strip()}
-    if not texts:
+def refuse_processes(name: str) -> None:
+    """Raise UserError in one of several processes: what they read from one pipe, each would have in part."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise UserError(f"{name}: several processes cannot share it, expected --file with a regular file")
+
+
+def check_arguments(texts: Sequence[str]) -> list[tuple[int, str]]:
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise UserError(f"argument {number}: text is empty, expected a review")
+        check_text(f"argument {number}", text)
+    return list(enumerate(texts, start=1))
+
+
+def read_lines(name: str, file: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Line number and text of every line that is not blank, with a warning at the end if the answers have a gap."""
+    last, blank, first_blank = 0, 0, 0
+    for number, line in enumerate(decode_lines(name, file), start=1):
+        text = line.removesuffix("\r")
+        if not text.strip():
+            continue
+        check_text(f"{name}:{number}", text)
+        if number > last + 1:
+            blank += number - last - 1
+            first_blank = first_blank or last + 1
+        last = number
+        yield number, text
+    if not last:
         raise UserError(f"{name}: is empty, expected one review a line")
     # Blank lines at the end are no gap.
-    blank = sorted(set(range(1, max(texts))) - texts.keys())
     if blank:
-        skipped = f"blank lines skipped: {len(blank):,}, the first is line {blank[0]}"
+        skipped = f"blank lines skipped: {blank:,}, the first is line {first_blank}"
         warn(f"{name}: {skipped}; --json numbers the answers")
-    return texts
 
 
 def predict(options: argparse.Namespace) -> int:
-    numbered = read_texts(options)
-    texts = list(numbered.values())
+    reviews = read_reviews(options)
+    first = next(reviews)
     folder = resolve(options.checkpoint)
     # Only now: the faults above are told before torch and transformers take their seconds to load.
-    from imdb_classifier.checkpoints.weights import load_classifier
-    from imdb_classifier.configuration import LABELS
-    from imdb_classifier.data.batches import TokenizedReviews
-    from imdb_classifier.data.tokenization import encode
-    from imdb_classifier.training import inference
-    from imdb_classifier.training.launcher import make_accelerator
+    from imdb_classifier.training.classifier import Classifier
+    from imdb_classifier.training.inference import say_graphs
     from imdb_classifier.training.reporting import progress_of
 
-    accelerator = make_accelerator(options.precision, options.cpu)
-    attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
-    model, tokenizer = load_classifier(folder, attention)
-    token_ids = encode(tokenizer, texts, model.config.max_length)
-    data = TokenizedReviews.from_lists(token_ids, [0] * len(texts))
-    with progress_of("predict", len(texts), accelerator.is_main_process) as after_batch:
-        model, batch_size = accelerator.prepare(model), options.batch_size
-        result = inference.evaluate(model, data, accelerator, batch_size=batch_size, after_batch=after_batch)
-    if not accelerator.is_main_process:
-        return 0
-    if not options.json:
-        print(f"attention: {attention} ({reason})", file=sys.stderr)
-    logits, probabilities = result.z.tolist(), result.z.sigmoid().tolist()
-    for (line, text), logit, positive in zip(numbered.items(), logits, probabilities, strict=True):
-        label, probability = LABELS[int(logit > 0)], max(positive, 1 - positive)
-        if options.json:
-            record = {"line": line, "label": label, "probability": probability, "logit": logit, "text": text}
-            print(json.dumps(record))
-        else:
-            print(f"{label}\t{probability:.4f}\t{one_line(text)}")
+    classifier = Classifier.load(
+        folder,
+        attention=options.attention,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        device="cpu" if options.cpu else None,
+        compiled=options.compile,
+    )
+    is_main = classifier.accelerator.is_main_process
+    # Of the two, `read` is the one behind, by a window at most.
+    read, ahead = itertools.tee(itertools.chain([first], reviews))
+    with progress_of("predict", len(options.texts) or None, is_main) as progress:
+        # A warning from the reading stands on a line of its own.
+        progress.hide()
+        answers = classifier.stream((text for _, text in ahead), progress.after_batch)
+        for (number, text), answer in zip(read, answers, strict=True):
+            if not is_main:
+                continue
+            progress.hide()
+            if number == first[0] and not options.json:
+                print(f"attention: {classifier.attention} ({classifier.reason})", file=sys.stderr)
+            show = as_json if options.json else as_row
+            # Whoever reads the answers has each before the next window is waited for.
+            print(show(number, text, answer), flush=True)
+    if is_main and not options.json and (graphs := say_graphs(options.compile)) is not None:
+        print(graphs, file=sys.stderr)
     return 0
+
+
+def as_json(number: int, text: str, answer: "Prediction") -> str:
+    return json.dumps({"line": number, **answer._asdict(), "text": text})
+
+
+def as_row(number: int, text: str, answer: "Prediction") -> str:
+    return f"{answer.label}\t{answer.probability:.4f}\t{one_line(text)}"
 
 
 def one_line(text: str) -> str:

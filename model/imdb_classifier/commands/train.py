@@ -120,7 +120,7 @@ def fit_and_report(run: "Run", notes: Sequence[str]) -> None:
     finally:
         run.reporter.close()
     run.reporter.say(f"attention that ran: {run.attention}")
-    if (graphs := say_graphs(run.options)) is not None:
+    if (graphs := say_graphs(run.options.compile)) is not None:
         run.reporter.say(graphs)
     if isinstance(run.step, GraphedStep):
         run.reporter.say(f"CUDA graphs: {run.step.graphs}, for batches filled up to {run.buckets} lengths")

@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,25 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def decode(name: str, raw: bytes) -> str:
-    """UTF-8 with or without a byte order mark; UserError, opened by `name` and the line, if it is not."""
+def decode(name: str, raw: bytes, line: int = 1) -> str:
+    """UTF-8 with or without a byte order mark; UserError, opened by `name` and the line, if it is not.
+
+    `line` is the number of the first line in `raw`; only at the front of line 1 there is a byte order mark.
+    """
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        byte = f"{raw[error.start]:#04x}"
+        # Counted in `error.object`, which begins behind the byte order mark.
+        line += error.object.count(b"\n", 0, error.start)
+        byte = f"{error.object[error.start]:#04x}"
         raise UserError(f"{name}:{line}: byte {byte} is not UTF-8, expected UTF-8 text") from None
+
+
+def decode_lines(name: str, lines: Iterable[bytes]) -> Iterator[str]:
+    """`decode` for a file that is open in binary, which is read in blocks: its lines one by one, without the newline."""
+    # A byte that is a newline is never a part of another letter in UTF-8, so each line stands for itself.
+    for number, raw in enumerate(lines, start=1):
+        yield decode(name, raw, number).removesuffix("\n")
 
 
 def _table_rows(path: Path, content: str, delimiter: str, reading: Reading) -> Iterator[Row]:

@@ -31,7 +31,9 @@ class GraphedStep:
         return len(self._graphs)
 
     def __call__(self, batch: dict[str, Any]) -> None:
-        key = tuple((name, value.shape if isinstance(value, Tensor) else value) for name, value in batch.items())
+        key = tuple(
+            (name, value.shape if isinstance(value, Tensor) else value) for name, value in batch.items()
+        )
         before = torch.cuda.current_stream()
         # What made the batch came before, and what reads the weights comes after.
         self._stream.wait_stream(before)

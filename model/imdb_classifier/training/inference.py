@@ -1,6 +1,5 @@
 """Logits of many reviews: shared by training's evaluations and by the evaluate and predict commands."""
 
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,9 +25,9 @@ def resolve_attention(name: str, accelerator: Accelerator, precision: str) -> tu
         raise UserError(str(error)) from None
 
 
-def buckets_for(options: Namespace) -> int:
+def buckets_for(compiled: bool) -> int:
     """How many lengths batches are filled up to, so that torch.compile sees few shapes."""
-    return COMPILE_BUCKETS if options.compile else 0
+    return COMPILE_BUCKETS if compiled else 0
 
 
 def workers_for(accelerator: Accelerator) -> int:
@@ -36,9 +35,9 @@ def workers_for(accelerator: Accelerator) -> int:
     return 2 if accelerator.device.type == "cuda" else 0
 
 
-def say_graphs(options: Namespace) -> str | None:
+def say_graphs(compiled: bool) -> str | None:
     """How many graphs torch.compile made, where it was asked to."""
-    if not options.compile:
+    if not compiled:
         return None
     made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return f"torch.compile: {made} graphs, for batches filled up to {COMPILE_BUCKETS} lengths"

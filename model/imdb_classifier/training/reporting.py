@@ -21,46 +21,62 @@ class Progress:
 
     Args:
         label: what is going on, at the front of bar and line.
-        total: steps of the whole pass, each a `unit`; `done` of them are behind it already.
+        total: steps of the whole pass, each a `unit`, or None where nobody knows; `done` of them are behind it already.
         say: where the lines go.
+        active: False tells nothing.
     """
 
-    def __init__(self, label: str, total: int, unit: str, say: Callable[[str], None], done: int = 0):
+    def __init__(
+        self,
+        label: str,
+        total: int | None,
+        unit: str,
+        say: Callable[[str], None],
+        done: int = 0,
+        active: bool = True,
+    ):
         self.label, self.total, self.unit, self.say, self.done = label, total, unit, say, done
+        self.active = active
         self._began = self._said_at = time.monotonic()
         self._reviews = 0
         # Without `disable=None` it would be drawn into a file as well.
-        self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, disable=None)
+        disable = None if active else True
+        self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, disable=disable)
 
     def advance(self, steps: int, reviews: int, note: str = "") -> None:
         """After `steps` more steps, in which `reviews` were computed; `note` stands before their rate."""
-        self.done = min(self.done + steps, self.total)
+        self.done += steps
+        if self.total is not None:
+            self.done = min(self.done, self.total)
         self._reviews += reviews
         now = time.monotonic()
         rate = f"{note}{self._reviews / max(now - self._began, 1e-9):,.0f} reviews/s"
         if not self._bar.disable:
             self._bar.update(self.done - self._bar.n)
             self._bar.set_postfix_str(rate, refresh=False)
-        elif now - self._said_at >= SECONDS_BETWEEN_LINES:
+        elif self.active and now - self._said_at >= SECONDS_BETWEEN_LINES:
             self._said_at = now
-            self.say(f"{self.label}: {self.unit} {self.done:,}/{self.total:,}, {rate}")
+            of_total = "" if self.total is None else f"/{self.total:,}"
+            self.say(f"{self.label}: {self.unit} {self.done:,}{of_total}, {rate}")
+
+    def after_batch(self, reviews: int) -> None:
+        """`advance` where a step is a review."""
+        self.advance(reviews, reviews)
+
+    def hide(self) -> None:
+        """Take the bar off the terminal until the next step, so that a line can be printed in its place."""
+        self._bar.clear()
 
     def close(self) -> None:
         self._bar.close()
 
 
 @contextmanager
-def progress_of(label: str, reviews: int, active: bool) -> Iterator[Callable[[int], None]]:
-    """For a command whose standard output is its result: tells `reviews` on standard error; call it per batch.
-
-    The function that is returned takes the number of reviews in the batch; where not `active` it does nothing.
-    """
-    if not active:
-        yield lambda batch: None
-        return
+def progress_of(label: str, reviews: int | None, active: bool) -> Iterator[Progress]:
+    """For a command whose standard output is its result: tells on standard error how many of `reviews` are done."""
     say = partial(print, file=sys.stderr, flush=True)
-    with closing(Progress(label, reviews, "review", say)) as progress:
-        yield lambda batch: progress.advance(batch, batch)
+    with closing(Progress(label, reviews, "review", say, active=active)) as progress:
+        yield progress
 
 
 class Reporter:

@@ -116,7 +116,7 @@ class Run:
     @property
     def buckets(self) -> int:
         """Of `Collator`: how many lengths batches are filled up to."""
-        return GRAPH_BUCKETS if self.options.cuda_graphs else inference.buckets_for(self.options)
+        return GRAPH_BUCKETS if self.options.cuda_graphs else inference.buckets_for(self.options.compile)
 
     @property
     def workers(self) -> int:

@@ -103,7 +103,9 @@ class Watch:
 
     def read(self) -> Reading:
         """Wait for the device and read."""
-        numbers = torch.stack([self._batch[0] / self._batch[2], self._skipped.double(), self._broken.double()])
+        numbers = torch.stack(
+            [self._batch[0] / self._batch[2], self._skipped.double(), self._broken.double()]
+        )
         loss_sum, correct, seen, batch_loss, skipped, broken = torch.cat([self._sums, numbers]).tolist()
         return Reading(loss_sum, int(correct), int(seen), batch_loss, int(skipped), int(broken))
 
