@@ -24,7 +24,6 @@ from imdb_classifier.training.watch import MAX_SKIPPED_STEPS, STEPS_BETWEEN_READ
 from tiny_reviews import train_arguments, write_reviews
 from tiny_runs import STEPS_AN_EPOCH, assert_same_run
 
-
 # Whose results become NaN for one review.
 MODULES = (
     "embedding",

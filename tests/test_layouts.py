@@ -11,7 +11,7 @@ from imdb_classifier.data.batches import Collator, TokenizedReviews
 from imdb_classifier.layers import Dropout, MultiHeadAttention, linear_together
 from imdb_classifier.packing import pack
 from padfree.integrations import transformers as integration
-from tiny_models import logit, make_classifier, own_registration
+from tiny_models import make_classifier, own_registration
 
 LENGTHS = (40, 1, 17, 33, 2)
 

@@ -69,7 +69,7 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         dropped = round(self.p * 2**16)
         # A draw of 64 bits is four numbers.
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)
         keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
         return torch.where(keep, x, 0) * (2**16 / (2**16 - dropped))
 
