@@ -99,7 +99,7 @@ def tokenize(
             ids += [torch.tensor(review, dtype=torch.int32) for review in encoded]
         lengths = torch.tensor([len(review) for review in ids], dtype=torch.int32)
         tokens = torch.cat([torch.tensor([len(ids)], dtype=torch.int32), lengths, *ids])
-        _write_whole(cache_file, hashlib.sha256(tokens.numpy()).digest() + tokens.numpy().tobytes())
+        _write_whole(cache_file, _sha256(tokens) + tokens.numpy().tobytes())
     reviews = int(tokens[0])
     return TokenizedReviews(tokens[1 + reviews :], tokens[1 : 1 + reviews], split.labels)
 
@@ -114,7 +114,11 @@ def _read_cache(file: Path) -> Tensor | None:
         return None
     numbers = torch.from_file(str(file), shared=False, size=size // 4, dtype=torch.int32)
     digest, tokens = numbers[: DIGEST_BYTES // 4], numbers[DIGEST_BYTES // 4 :]
-    return tokens if hashlib.sha256(tokens.numpy()).digest() == digest.numpy().tobytes() else None
+    return tokens if _sha256(tokens) == digest.numpy().tobytes() else None
+
+
+def _sha256(numbers: Tensor) -> bytes:
+    return hashlib.sha256(memoryview(numbers.numpy())).digest()
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -201,7 +205,8 @@ class Collator:
     packed: bool = False
     buckets: int = 0
 
-    def __call__(self, drawn: Drawn) -> dict[str, Any]:
+    def __call__(self, drawn: Any) -> dict[str, Any]:
+        """The inputs for a `Drawn`."""
         inputs = self._pack(drawn) if self.packed else self._pad(drawn)
         return inputs | {"labels": drawn.labels, "rows": drawn.rows}
 

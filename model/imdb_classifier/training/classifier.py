@@ -95,8 +95,15 @@ class Classifier:
             raise ValueError(f"device must be None or {here!r}, which this process uses, got {device!r}")
         name, reason = inference.resolve_attention(attention, accelerator, precision)
         model, tokenizer = load_classifier(folder, name)
-        chosen = {"attention": name, "reason": reason, "buckets": inference.buckets_for(compiled)}
-        return cls(model, tokenizer, accelerator, batch_size=batch_size, **chosen)
+        return cls(
+            model,
+            tokenizer,
+            accelerator,
+            attention=name,
+            reason=reason,
+            batch_size=batch_size,
+            buckets=inference.buckets_for(compiled),
+        )
 
     def __call__(self, texts: Iterable[str]) -> list[Prediction]:
         """The answers to all texts; raises what `stream` raises."""

@@ -97,9 +97,8 @@ class Watch:
 
     def _tell(self, optimizer: Any, *_: object) -> None:
         """Before each step of the optimizer, in which a GradScaler may have its own word."""
-        found = getattr(optimizer, "found_inf", None)
-        told = found is None or found is self._stop
-        optimizer.found_inf = self._stop if told else torch.maximum(found, self._stop)
+        found = getattr(optimizer, "found_inf", self._stop)
+        optimizer.found_inf = self._stop if found is self._stop else torch.maximum(found, self._stop)
 
     def read(self) -> Reading:
         """Wait for the device and read."""
