@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import constants
@@ -118,7 +118,7 @@ def _read_cache(file: Path) -> Tensor | None:
 
 
 def _sha256(numbers: Tensor) -> bytes:
-    return hashlib.sha256(memoryview(numbers.numpy())).digest()
+    return hashlib.sha256(cast(Any, numbers.numpy())).digest()
 
 
 def _write_whole(path: Path, content: bytes) -> None:
