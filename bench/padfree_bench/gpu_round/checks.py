@@ -1,4 +1,4 @@
-"""The processes that prove the kernels: agreement, repeats, graph, and what compute-sanitizer and Nsight Compute launch.
+"""The processes that prove the kernels: agreement, repeats, graph, steps, and what compute-sanitizer and Nsight Compute launch.
 
 Without a GPU the reference takes the kernel's place, which proves the plumbing and nothing else.
 """
@@ -167,8 +167,14 @@ def check_graph(device: torch.device) -> list[str]:
     return failed
 
 
+def check_steps(device: torch.device) -> list[str]:
+    from padfree_bench.gpu_round import step_checks  # imports transformers, which takes seconds
+
+    return step_checks.check_steps(device)
+
+
 CHECKS = {
-    "agreement": check_agreement, "repeats": check_repeats, "graph": check_graph,
+    "agreement": check_agreement, "repeats": check_repeats, "graph": check_graph, "steps": check_steps,
     "touch": touch, "headline": launch_headline,
 }  # fmt: skip
 
