@@ -248,6 +248,28 @@ def test_a_run_goes_on_under_another_wrapper_and_equals_one_that_had_none(
     assert predict.main(["--cpu", "--checkpoint", str(run), "a good film"]) == 0
 
 
+def test_compile_computes_the_same_with_a_graph_for_each_shape(finished_run: Path) -> None:
+    arguments = ["--cpu", "--checkpoint", str(finished_run)]
+    plain = json.loads(run_module("evaluate", *arguments, "--json").stdout)
+    compiled = run_module("evaluate", *arguments, "--compile")
+    assert compiled.returncode == 0, compiled.stderr
+    assert "ACCELERATE_DYNAMO_BACKEND" not in compiled.stderr
+    # One batch holds all ten reviews.
+    assert "torch.compile: 1 graph, for batches filled up to 8 lengths" in compiled.stdout
+    assert f"accuracy {plain['accuracy']:.4f}, loss {plain['loss']:.4f}" in compiled.stdout
+
+
+def test_cuda_graphs_need_a_gpu_and_no_compiler(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_arguments(dataset, tmp_path / "run", "--cuda-graphs")
+    assert train.main(arguments) == 2
+    assert "--cuda-graphs needs a GPU, this run is on the CPU" in capsys.readouterr().err
+    assert train.main([*arguments, "--compile"]) == 2
+    assert "two ways to launch less, expected one of them" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() or positions(tmp_path / "run") == []
+
+
 def test_a_backend_that_cannot_compile_here_is_one_line(finished_run: Path) -> None:
     arguments = ["--cpu", "--checkpoint", str(finished_run), "a film"]
     # torch knows its name; its package is not installed.
