@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import padfree
+from imdb_classifier.training.watch import Watch
 from padfree_bench.gpu_round import agreement, checks, counters, steps
 from tiny_bench import CPU
 
@@ -21,6 +22,7 @@ if len(sys.argv) > 1:
 hits, _ = warm.compile_item(next(item for item in warm.items("smoke") if item[0] == "case one token"))
 print(hits)
 """
+from tiny_models import own_registration
 
 
 def test_a_packed_cache_gives_hits_in_another_folder(tmp_path: Path) -> None:
@@ -157,3 +159,15 @@ def test_a_machine_without_nsight_compute_has_no_counters(
 ) -> None:
     monkeypatch.setattr(counters, "find_ncu", lambda: None)
     assert counters.main(str(tmp_path)) == 1 and "ncu is not installed" in capsys.readouterr().out
+
+
+def test_the_training_step_keeps_its_promises_and_a_broken_one_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with own_registration():
+        assert checks.check_steps(CPU) == []
+        monkeypatch.setattr(Watch, "_tell", lambda self, optimizer, *_: None)
+        changed, *_ = checks.check_steps(CPU)
+        assert changed.startswith("a step that was not finite changed embedding.weight")
+        monkeypatch.setattr(Watch, "look", lambda self, *_: None)
+        assert any(line.startswith("the watch read Reading(") for line in checks.check_steps(CPU))

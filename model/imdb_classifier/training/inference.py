@@ -40,7 +40,9 @@ def say_graphs(compiled: bool) -> str | None:
     if not compiled:
         return None
     made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return f"torch.compile: {made} graph{'s' * (made != 1)}, for batches filled up to {COMPILE_BUCKETS} lengths"
+    return (
+        f"torch.compile: {made} graph{'s' * (made != 1)}, for batches filled up to {COMPILE_BUCKETS} lengths"
+    )
 
 
 def collator_for(model: TextClassifier, buckets: int = 0) -> Collator:
