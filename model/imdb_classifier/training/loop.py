@@ -7,6 +7,7 @@ far. On a GPU that holds as far as its kernels repeat. The TensorBoard log may s
 """
 
 import time
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -56,8 +57,8 @@ def train_epoch(run: Run) -> None:
     run.reporter.start_epoch(epoch + 1, options.epochs, state.position.batch, batches.total)
     run.model.train()
     run.watch.start_epoch(state.loss_sum, state.correct, state.seen, state.skipped_in_a_row)
-    run.epoch_began = time.monotonic()
-    for batch in loader:
+    run.epoch_began, run.input_seconds = time.monotonic(), 0.0
+    for batch in timed(run, loader):
         rows = batch.pop("rows")
         run.step(batch)
         state.step += 1
@@ -73,6 +74,18 @@ def train_epoch(run: Run) -> None:
             save(run)
     read(run)
     run.reporter.end_epoch()
+
+
+def timed(run: Run, loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches, with what the host waits for them on the run's clock."""
+    batches = iter(loader)
+    while True:
+        began = time.monotonic()
+        batch = next(batches, None)
+        run.input_seconds += time.monotonic() - began
+        if batch is None:
+            return
+        yield batch
 
 
 def take_step(run: Run, batch: dict[str, Any]) -> None:
@@ -124,6 +137,7 @@ def finish_epoch(run: Run) -> None:
     state.loss_sum, state.correct, state.seen = 0.0, 0, 0
     began, ended = run.epoch_began, time.monotonic()
     seconds = {"train_seconds": trained - began, "seconds": ended - began}
+    seconds["input_seconds"] = run.input_seconds
     # Before the save: a run killed in between drops what was logged beyond its checkpoint and logs it again.
     values = {f"epoch/{name}": value for name, value in (record | seconds).items()}
     run.reporter.metrics(state.position, state.step, values)

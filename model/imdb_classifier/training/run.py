@@ -112,6 +112,8 @@ class Run:
     steps_read: int = 0
     # Beside the state: a clock would make equal runs write different checkpoints.
     epoch_began: float = 0.0
+    # Of the epoch, in which the host waited for a batch.
+    input_seconds: float = 0.0
 
     @property
     def buckets(self) -> int:
