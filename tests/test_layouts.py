@@ -201,3 +201,14 @@ def test_dropout_on_a_cpu_drops_its_share_and_keeps_the_mean():
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(gradient, out.detach())
     assert torch.equal(dropout.eval()(x), x)
+
+
+def test_on_a_gpu_packed_batches_get_few_shapes(monkeypatch):
+    from imdb_classifier.modeling import TextClassifier
+    from imdb_classifier.training.inference import collator_for
+
+    packs, pads = make_classifier(attention="padfree"), make_classifier()
+    assert (collator_for(packs).buckets, collator_for(packs, 8).buckets) == (0, 8)
+    monkeypatch.setattr(TextClassifier, "device", torch.device("cuda"))
+    assert collator_for(packs) == Collator(0, 40, packed=True, buckets=64)
+    assert (collator_for(packs, 8).buckets, collator_for(pads).buckets) == (8, 0)

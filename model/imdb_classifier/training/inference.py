@@ -14,6 +14,9 @@ from imdb_classifier.messages import NonFiniteError, UserError
 from imdb_classifier.modeling import TextClassifier
 
 COMPILE_BUCKETS = 8
+# Packed batches hardly ever have as many tokens as another. Filled up by 1 % on average they do, and the kernel's launches
+# are found again (DESIGN.md, "Launches"), at a third of the host's time.
+REPEATING_BUCKETS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,6 +51,8 @@ def say_graphs(compiled: bool) -> str | None:
 def collator_for(model: TextClassifier, buckets: int = 0) -> Collator:
     """What makes batches of reviews for this model, packed if it packs."""
     config = model.config
+    if not buckets and model.packs and model.device.type == "cuda":
+        buckets = REPEATING_BUCKETS
     return Collator(config.pad_token_id, config.max_length, model.packs, buckets)
 
 
