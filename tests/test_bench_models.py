@@ -13,6 +13,7 @@ from padfree_bench.measuring.results import OK, Result
 from padfree_bench.measuring.timing import Effort
 from padfree_bench.suites import encoder, hf, train
 from padfree_bench.suites.models import Batch, ModelCase, ModelPeer, run_model_case
+from padfree_bench.suites.recipes import RECIPES, Recipe
 from padfree_bench.suites.session import Session
 
 SESSION = cast(
@@ -71,16 +72,16 @@ def test_a_wrong_mask_is_refused_in_bf16(name: str) -> None:
 def test_a_training_step_with_a_wrong_gradient_is_not_timed(
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make_model(case: ModelCase, recipe: train.Recipe, device: torch.device) -> Any:
-        model = real(case, recipe, device)
+    def make_trainee(case: ModelCase, recipe: Recipe, device: torch.device) -> Any:
+        trainee = real(case, recipe, device)
         if recipe.name == "sdpa":
-            cast(Any, model).layers[0].mha.wv.weight.register_hook(lambda grad: 1.5 * grad)
-        return model
+            cast(Any, trainee.module).layers[0].mha.wv.weight.register_hook(lambda grad: 1.5 * grad)
+        return trainee
 
-    real = train.make_model
-    monkeypatch.setattr(train, "make_model", make_model)
+    real = train.make_trainee
+    monkeypatch.setattr(train, "make_trainee", make_trainee)
     case = replace(train.SIZES["notebook"], dtype=dtype, batch=4, batches=2, seq=40)
-    recipes = [recipe for recipe in train.RECIPES if recipe.name in ("sdpa", "sdpa+cls", "ours-sdpa")]
+    recipes = [recipe for recipe in RECIPES if recipe.name in ("sdpa", "sdpa+cls", "ours-sdpa")]
     (rows,) = train.run_case(SESSION, case, recipes)
     assert [row.status == OK for row in rows] == [False, True, True]
     assert rows[0].reason.startswith("wrong answer, not timed")

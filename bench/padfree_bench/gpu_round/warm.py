@@ -53,6 +53,7 @@ def items(part: str) -> list[Item]:
         *peers_on(steps.TABLE, steps.OUR_PEERS),
         exp2,
         *((f"train {preset} {width}", partial(train_step, preset, width)) for preset, width in trained),
+        *((f"encoder {preset}", partial(encoder_step, preset)) for preset in ("notebook", "d768")),
         *checks(agreement.touching_cases()),
         *peers_on((*steps.MORE, *steps.MEMORY), steps.OUR_FIRST_PEERS),
     ]
@@ -84,16 +85,35 @@ def launch_exp2() -> None:
 
 
 def train_step(preset: str, width: int) -> None:
-    """A step of our recipes in bf16 at one width of a batch; 16 reviews specialise a launch as 64 do."""
-    from padfree_bench.suites import train  # imports transformers, which takes seconds
-    from padfree_bench.suites.models import make_batch
+    """A step of each of our recipes in bf16 on reviews of one width; 16 of them specialise a launch as 64 do."""
+    from imdb_classifier.data.batches import TokenizedReviews  # imports transformers, which takes seconds
+    from padfree_bench.suites import recipes, train
 
     padfree_peers.check_kernel = lambda query: None  # nothing runs here
-    case = replace(train.SIZES[preset], ffn=32)  # no kernel of ours sees it
-    batch = make_batch([width - 5] * 16, width, CPU, 0)
-    for recipe in train.RECIPES:
+    case = replace(train.SIZES[preset], ffn=32, batch=16)  # no kernel of ours sees the ffn
+    data = TokenizedReviews.from_lists([[1] * (width - 5)] * 15 + [[1] * width], [0] * 16)
+    for recipe in recipes.RECIPES:
         if recipe.attention == "padfree":
-            train.make_epoch(train.make_model(case, recipe, CPU), [batch], torch.bfloat16)()
+            # What compiles or captures the step launches the same kernels.
+            plain = replace(recipe, compile_mode=None, graphs=False)
+            trainee = recipes.make_trainee(case, plain, CPU)
+            inputs = recipes.collator(case, plain)(data.__getitems__(range(16)))
+            train.answers(trainee, inputs, torch.bfloat16)
+            train.Training(plain, trainee, torch.bfloat16).issue(inputs)
+
+
+def encoder_step(preset: str) -> None:
+    """Inference and training of our peers in bf16, on a batch at IMDB lengths."""
+    from padfree_bench.suites import encoder, models
+
+    padfree_peers.check_kernel = lambda query: None  # nothing runs here
+    case = replace(encoder.SIZES[preset], ffn=32, batch=16, dtype="bf16")
+    batch = models.make_batch(case.sequence_lengths().tolist(), case.seq, CPU)
+    for peer in encoder.PEERS:
+        if peer.attention == "padfree":
+            built = peer.build(case, batch, torch.bfloat16)
+            for training in (False, True):
+                models.make_call(built, training)()
 
 
 def compile_item(item: Item) -> tuple[list[bool], float]:

@@ -74,7 +74,8 @@ class Standing:
 
 
 def is_ours(peer: str) -> bool:
-    return peer.startswith(("padfree", "ours"))
+    """Ours, or a step on the way to it: `sdpa+cls` is SDPA with a lever of ours."""
+    return peer.startswith(("padfree", "ours", "sdpa+"))
 
 
 def standing(rows: list[Row]) -> Standing | None:

@@ -22,6 +22,7 @@ SIZES = {
 # The parts of nn.TransformerEncoderLayer, and which of ours holds the same weights.
 PARTS = {"self_attn.out_proj": "mha.dense", "linear1": "ffn.0", "linear2": "ffn.2"}
 PARTS |= {"norm1": "layernorm1", "norm2": "layernorm2"}
+QKV = ("wq", "wk", "wv")
 
 
 def make_edge_loud(embedding: Tensor, loudness: float = 8.0) -> None:
@@ -36,9 +37,9 @@ def make_edge_loud(embedding: Tensor, loudness: float = 8.0) -> None:
 
 
 def draw(
-    case: ModelCase, attention: str, cls_only: bool = False, dropout_rate: float = 0.0
+    case: ModelCase, attention: str, cls_only: bool = False, dropout_rate: float = 0.0, **more: Any
 ) -> TextClassifier:
-    """The classifier in fp32; no dropout unless it is asked for, so that answers compare."""
+    """The classifier in fp32; no dropout unless it is asked for, so that answers compare. `more` is for its config."""
     config = TextClassifierConfig(
         d_model=case.width,
         n_heads=case.heads,
@@ -47,6 +48,7 @@ def draw(
         max_length=case.seq,
         dropout_rate=dropout_rate,
         cls_only_last_layer=cls_only,
+        **more,
     )
     config._attn_implementation = attention
     torch.manual_seed(0)
@@ -63,31 +65,51 @@ def on_batch(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[],
 
 
 class TorchEncoder(nn.Module):
-    """The classifier on nn.TransformerEncoder, with the weights of a TextClassifier."""
+    """The classifier on nn.TransformerEncoder, with the weights of a TextClassifier: token ids [B, S] -> z [B]."""
 
-    def __init__(self, case: ModelCase, attention: str) -> None:
+    pos_encoding: Tensor
+
+    def __init__(self, case: ModelCase, attention: str, dropout_rate: float = 0.0) -> None:
         super().__init__()
-        self.source = draw(case, attention)
-        layer = nn.TransformerEncoderLayer(case.width, case.heads, case.ffn, dropout=0.0, batch_first=True)
+        source = draw(case, attention)
+        self.embedding = source.embedding
+        self.register_buffer("pos_encoding", source.pos_encoding)
+        layer = nn.TransformerEncoderLayer(
+            case.width, case.heads, case.ffn, dropout=dropout_rate, batch_first=True
+        )
+        # The notebook drops on the two residual branches alone.
+        layer.self_attn.dropout = layer.dropout.p = 0.0
         self.encoder = nn.TransformerEncoder(layer, case.layers)
-        for target, part in zip(self.encoder.layers, self.source.layers, strict=True):
+        for target, part in zip(self.encoder.layers, source.layers, strict=True):
             found, state = part.state_dict(), dict[str, Tensor]()
             for kind in ("weight", "bias"):
                 state |= {f"{theirs}.{kind}": found[f"{ours}.{kind}"] for theirs, ours in PARTS.items()}
-                qkv = [found[f"mha.{name}.{kind}"] for name in ("wq", "wk", "wv")]
-                state[f"self_attn.in_proj_{kind}"] = torch.cat(qkv)
+                state[f"self_attn.in_proj_{kind}"] = torch.cat([found[f"mha.{name}.{kind}"] for name in QKV])
             target.load_state_dict(state)
+        self.classification = source.classification
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        source = self.source
-        width = source.embedding.weight.shape[1]
-        x = source.embedding(input_ids) * width**0.5 + source.pos_encoding[:, : input_ids.shape[1]]
+        width = self.embedding.weight.shape[1]
+        x = self.embedding(input_ids) * width**0.5 + self.pos_encoding[:, : input_ids.shape[1]]
         x = self.encoder(x, src_key_padding_mask=input_ids == PAD)
-        return source.classification(x[:, 0])[:, 0] / 2
+        return self.classification(x[:, 0])[:, 0]
+
+
+def in_our_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to the parameters of a TorchEncoder, by the names that a TextClassifier has for them."""
+    named: dict[str, Tensor] = {}
+    for name, value in values.items():
+        name = name.removeprefix("encoder.")
+        for theirs, ours in PARTS.items():
+            name = name.replace(f".{theirs}.", f".{ours}.")
+        layer, in_proj, kind = name.partition(".self_attn.in_proj_")
+        names = [f"{layer}.mha.{part}.{kind}" for part in QKV] if in_proj else [name]
+        named |= zip(names, value.chunk(len(names)), strict=True)
+    return named
 
 
 def torch_on_batch(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[], Tensor], str]:
-    return lambda: model(batch.input_ids), "nn.TransformerEncoder"
+    return lambda: model(batch.input_ids) / 2, "nn.TransformerEncoder"
 
 
 every_row = functools.partial(ModelPeer, draw=draw, on_batch=on_batch)

@@ -23,6 +23,7 @@ from padfree_bench.suites.session import Session
 # Never more than this: a model adds up the rounding of its layers, and an answer of zeros errs by 1.
 LIMITS = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 0.2}
 FIRST_TOKEN, LAST_TOKEN = 1000, 29000
+UNLESS_NAMED = "compiles C++ on a CPU: name it with --peers to run it"
 # What stands on the two sides of the mask's edge: the last token of every review, and its padding.
 EDGE, PAD = 999, 0
 
@@ -208,7 +209,7 @@ def run_models(
     known = {peer.name: peer for peer in peers}
     chosen = [known[name] for name in pick("peer", options.peers or ",".join(known), known)]
     if not options.peers and pick_device().type == "cpu":
-        unless_named = refuse("compiles C++ on a CPU: name it with --peers to run it")
+        unless_named = refuse(UNLESS_NAMED)
         chosen = [replace(peer, draw=unless_named) if peer.compile_mode else peer for peer in chosen]
     modes = choose_modes(options.directions)
     session = Session(suite, options, command, {case.dtype for case in cases})
