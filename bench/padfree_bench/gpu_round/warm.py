@@ -47,13 +47,13 @@ def items(part: str) -> list[Item]:
     exp2 = ("exp2", launch_exp2)
     if part == "smoke":
         return [*peers_on(HEADLINE, steps.OUR_FIRST_PEERS), exp2, *checks(agreement.all_cases(ARCH))]
-    trained = [(preset, width) for preset in ("notebook", "d768") for width in (400, 393)]
+    trained = [(preset, width) for preset in ("notebook", "d768") for width in (400, 396, 393)]
     return [
         *((f"tune {item}", partial(tune.compile_item, item)) for item in tune.warm_items()),
         *peers_on(steps.TABLE, steps.OUR_PEERS),
         exp2,
         *((f"train {preset} {width}", partial(train_step, preset, width)) for preset, width in trained),
-        *((f"encoder {preset}", partial(encoder_step, preset)) for preset in ("notebook", "d768")),
+        *((f"encoder {preset}", partial(encoder_step, preset)) for preset in steps.ENCODER_SIZES),
         *checks(agreement.touching_cases()),
         *peers_on((*steps.MORE, *steps.MEMORY), steps.OUR_FIRST_PEERS),
     ]
@@ -84,36 +84,42 @@ def launch_exp2() -> None:
     exp2_kernel.launch(torch.empty(exp2_kernel.BLOCK * 16))
 
 
-def train_step(preset: str, width: int) -> None:
-    """A step of each of our recipes in bf16 on reviews of one width; 16 of them specialise a launch as 64 do."""
+def lengths_of(longest: int, remainder: int) -> list[int]:
+    """Of 16 reviews, which specialise a launch as 64 do: the longest, and their sum as a remainder of 16."""
+    others = [longest - 16] * 15
+    others[0] -= (longest + sum(others) - remainder) % 16
+    return [longest, *others]
+
+
+def train_step(preset: str, longest: int) -> None:
+    """A step of each of our recipes in bf16, padded to a width, and packed with sums of each kind that Triton tells apart."""
     from imdb_classifier.data.batches import TokenizedReviews  # imports transformers, which takes seconds
     from padfree_bench.suites import recipes, train
 
     padfree_peers.check_kernel = lambda query: None  # nothing runs here
     case = replace(train.SIZES[preset], ffn=32, batch=16)  # no kernel of ours sees the ffn
-    data = TokenizedReviews.from_lists([[1] * (width - 5)] * 15 + [[1] * width], [0] * 16)
-    for recipe in recipes.RECIPES:
-        if recipe.attention == "padfree":
-            # What compiles or captures the step launches the same kernels.
-            plain = replace(recipe, compile_mode=None, graphs=False)
-            trainee = recipes.make_trainee(case, plain, CPU)
-            inputs = recipes.collator(case, plain)(data.__getitems__(range(16)))
-            train.answers(trainee, inputs, torch.bfloat16)
-            train.Training(plain, trainee, torch.bfloat16).issue(inputs)
+    # Filled up, compiled or captured, a step launches the same kernels.
+    for recipe in (each for each in recipes.RECIPES if each.attention == "padfree" and not each.buckets):
+        trainee = recipes.make_trainee(case, recipe, CPU)
+        for remainder in (0, 4, 1) if recipe.packed else (0,):
+            reviews = [[1] * length for length in lengths_of(longest, remainder)]
+            drawn = TokenizedReviews.from_lists(reviews, [0] * 16).__getitems__(range(16))
+            inputs = recipes.collator(case, recipe)(drawn)
+            train.Training(recipe, trainee, torch.bfloat16).issue(inputs)
 
 
 def encoder_step(preset: str) -> None:
-    """Inference and training of our peers in bf16, on a batch at IMDB lengths."""
+    """Inference and training of our peers in bf16, on a batch like the suite's."""
     from padfree_bench.suites import encoder, models
 
     padfree_peers.check_kernel = lambda query: None  # nothing runs here
-    case = replace(encoder.SIZES[preset], ffn=32, batch=16, dtype="bf16")
-    batch = models.make_batch(case.sequence_lengths().tolist(), case.seq, CPU)
-    for peer in encoder.PEERS:
-        if peer.attention == "padfree":
-            built = peer.build(case, batch, torch.bfloat16)
-            for training in (False, True):
-                models.make_call(built, training)()
+    case = replace(encoder.SIZES[preset], ffn=32, dtype="bf16")
+    remainder = int(case.sequence_lengths().sum()) % 16
+    batch = models.make_batch(lengths_of(case.seq, remainder), case.seq, CPU)
+    for peer in (each for each in encoder.PEERS if each.attention == "padfree"):
+        built = peer.build(case, batch, torch.bfloat16)
+        for training in (False, True):
+            models.make_call(built, training)()
 
 
 def compile_item(item: Item) -> tuple[list[bool], float]:

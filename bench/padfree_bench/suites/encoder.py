@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imdb_classifier.data.batches import Collator, Drawn
 from imdb_classifier.modeling import TextClassifier, TextClassifierConfig
 from padfree_bench.measuring.cases import choose_dtypes
 from padfree_bench.measuring.results import Result
 from padfree_bench.suites.models import EDGE, PAD, Batch, ModelCase, ModelPeer, choose_models, run_models
+from padfree_bench.suites.notebook_model import NotebookClassifier, like
 
 SIZES = {
     "notebook": ModelCase(64, 4, 8, 400, "fp32", "imdb", "notebook", ffn=32, layers=2),
@@ -23,6 +25,7 @@ SIZES = {
 PARTS = {"self_attn.out_proj": "mha.dense", "linear1": "ffn.0", "linear2": "ffn.2"}
 PARTS |= {"norm1": "layernorm1", "norm2": "layernorm2"}
 QKV = ("wq", "wk", "wv")
+PACKED = "attn_implementation=padfree, last layer for row 0 only"
 
 
 def make_edge_loud(embedding: Tensor, loudness: float = 8.0) -> None:
@@ -62,6 +65,30 @@ def on_batch(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[],
     rows = "last layer for row 0 only" if config.cls_only_last_layer else "every row"
     ran = f"attn_implementation={config._attn_implementation}, {rows}"
     return lambda: model(batch.input_ids, batch.attention_mask).logits[:, 1], ran
+
+
+def packed_on_batch(
+    model: Any, batch: Batch, dtype: torch.dtype, pack: bool
+) -> tuple[Callable[[], Tensor], str]:
+    """On the same reviews end to end: packed by the model in each call, or by the collator before the first."""
+    if pack:
+        return lambda: model(batch.input_ids, batch.attention_mask).logits[
+            :, 1
+        ], f"{PACKED}, packed by the model"
+    keep, device = batch.attention_mask.bool().cpu(), batch.input_ids.device
+    drawn = Drawn(batch.input_ids.cpu()[keep], keep.sum(1), batch.labels.cpu(), torch.arange(len(keep)))
+    collate = Collator(PAD, batch.input_ids.shape[1], packed=True)
+    inputs = {name: value for name, value in collate(drawn).items() if name not in ("labels", "rows")}
+    inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+    return lambda: model(**inputs).logits[:, 1], f"{PACKED}, packed by the collator"
+
+
+def draw_notebook(case: ModelCase, attention: str) -> NotebookClassifier:
+    return like(draw(case, attention))
+
+
+def notebook_on_batch(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Callable[[], Tensor], str]:
+    return lambda: model(batch.input_ids)[:, 0] / 2, "the notebook's, every row"
 
 
 class TorchEncoder(nn.Module):
@@ -114,15 +141,32 @@ def torch_on_batch(model: Any, batch: Batch, dtype: torch.dtype) -> tuple[Callab
 
 every_row = functools.partial(ModelPeer, draw=draw, on_batch=on_batch)
 row_0 = functools.partial(ModelPeer, draw=functools.partial(draw, cls_only=True), on_batch=on_batch)
+packed = functools.partial(ModelPeer, draw=functools.partial(draw, cls_only=True, layout="packed"))
+FAST_PATH = "aten::_transformer_encoder_layer_fwd"
 TORCH_NOTE = "its fast path in inference where torch takes it"
 PEERS = [
     row_0("padfree", "padfree", "fused attention, last layer for row 0 only"),
     every_row("padfree-all-rows", "padfree", "fused attention, every row of every layer"),
-    every_row("eager", "eager", "the notebook's encoder"),
+    packed(
+        "padfree-packed",
+        "padfree",
+        "no padding in any layer, packed before the clock starts",
+        on_batch=functools.partial(packed_on_batch, pack=False),
+    ),
+    packed(
+        "padfree-packed+pack",
+        "padfree",
+        "no padding in any layer, packing inside the time",
+        on_batch=functools.partial(packed_on_batch, pack=True),
+    ),
+    ModelPeer("notebook", "eager", "the notebook's own arithmetic", draw_notebook, notebook_on_batch),
+    every_row("eager", "eager", "our model, eager attention"),
     row_0("eager-cls", "eager", "last layer for row 0 only"),
     every_row("sdpa", "sdpa", "every row of every layer"),
     row_0("sdpa-cls", "sdpa", "last layer for row 0 only"),
-    ModelPeer("nn.TransformerEncoder", "eager", TORCH_NOTE, TorchEncoder, torch_on_batch),
+    ModelPeer(
+        "nn.TransformerEncoder", "eager", TORCH_NOTE, TorchEncoder, torch_on_batch, fast_path=FAST_PATH
+    ),
     every_row("compile-eager", "eager", "torch.compile", compile_mode="default"),
     every_row("compile-sdpa", "sdpa", "torch.compile", compile_mode="default"),
     every_row(

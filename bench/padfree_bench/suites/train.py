@@ -168,7 +168,7 @@ def run(options: Namespace, command: list[str]) -> Result:
     batch, batches = (64, 20) if gpu else (16, 4) if options.quick else (64, 8)
     cases = [replace(case, batch=batch, batches=batches) for case in choose_models(SIZES, names, dtypes)]
     session = Session("train", options, command, set(dtypes))
-    seconds = 10 if options.quick else 20 if gpu else 60
+    seconds = 10 if options.quick or gpu else 60
     session.effort = Effort(seconds, least=5, most=15, warmup=1, at_most_seconds=2 * seconds)
     measure = functools.partial(run_case, session, recipes=recipes, may_compile=gpu or bool(options.peers))
     return session.run([(case.id, functools.partial(measure, case)) for case in cases])
