@@ -117,14 +117,14 @@ def ours(model: Any) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
     return forward
 
 
-def make_trainee(case: ModelCase, recipe: Recipe, device: torch.device, **sizes: Any) -> Trainee:
+def make_trainee(case: ModelCase, recipe: Recipe, device: torch.device) -> Trainee:
     """A recipe's model in fp32, with the same weights for all; Refused where it cannot run."""
     if recipe.attention == "padfree":
         check_padfree(device, torch.float32)
     if recipe.model == "torch":
         torch_model = encoder.TorchEncoder(case, "eager", DROPOUT).to(device)
         return Trainee(torch_model, bare(torch_model), "torch's own")
-    source: Any = encoder.draw(case, recipe.attention, recipe.cls_only, DROPOUT, **sizes)
+    source: Any = encoder.draw(case, recipe.attention, recipe.cls_only, DROPOUT)
     if recipe.model == "notebook":
         model = notebook_model.like(source).to(device)
         return Trainee(model, bare(model), "the notebook's")

@@ -38,16 +38,15 @@ SIZES = {name: encoder.SIZES[name] for name in ("notebook", "d768")}
 REFERENCE = RECIPES[0]
 
 
-def autocast(inputs: Inputs, dtype: torch.dtype) -> Any:
+def autocast(device: torch.device, dtype: torch.dtype) -> Any:
     """What a step runs in below fp32; fp64 and fp32 as they are."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(inputs["input_ids"].device.type, dtype, enabled=half)
+    return torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
 def answers(trainee: Trainee, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """z, loss and all gradients of a step without dropout, as it will be timed."""
     trainee.module.eval()
-    with autocast(inputs, dtype):
+    with autocast(inputs["labels"].device, dtype):
         loss, logits = trainee.forward(inputs)
     z = logits if logits.ndim == 1 else logits[:, 1] - logits[:, 0]
     # Gradients in one vector: some have no size of their own to be measured by, such as that of a key's bias, which is 0.
@@ -81,7 +80,7 @@ class Training:
     def issue(self, inputs: Inputs) -> None:
         """A step, with which the host is done before the device is."""
         self.optimizer.zero_grad()
-        with autocast(inputs, self.dtype):
+        with autocast(inputs["labels"].device, self.dtype):
             loss, logits = self.trainee.forward(inputs)
         loss.backward()
         if self.watch is not None:
