@@ -61,7 +61,7 @@ def test_the_notebooks_epoch_is_three_passes_and_ours_two(
         passes.append(f"evaluate {len(data)}")
         batch = Collator(0, 400)(data.__getitems__(range(len(data))))
         with torch.no_grad():
-            logits = model(batch["input_ids"], batch["attention_mask"]).logits
+            logits = model.eval()(batch["input_ids"], batch["attention_mask"]).logits
         return SimpleNamespace(z=logits[:, 1] - logits[:, 0])
 
     def passes_of(calls: dict[str, Callable[[], object]], *rest: Any, **options: Any) -> dict[str, Sample]:
