@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from padfree_bench import cli
-from padfree_bench.gpu_round import driver, outcomes, steps
+from padfree_bench.gpu_round import driver, outcomes, steps, warm
 from padfree_bench.gpu_round.steps import OVERHEAD_SECONDS, PART_SECONDS, PARTS, VERSIONS_SECONDS, Round, Step
+from padfree_bench.suites import encoder
+from padfree_bench.suites.recipes import RECIPES
 from padfree_bench.suites.session import refuse_to_replace
 from waiting import is_running, wait_for
 
@@ -47,6 +49,20 @@ def test_every_suite_takes_its_command_line(part: str, on_gpu: bool, tmp_path: P
     assert suites
     for line in suites:
         refuse_to_replace(cli.parser().parse_args([word.replace("{minutes}", "1") for word in line]))
+
+
+def test_the_round_times_peers_that_there_are_and_compiles_all_of_ours_ahead() -> None:
+    known = {recipe.name for recipe in RECIPES}
+    assert set(steps.TRAIN_PEERS) < known and "notebook" in steps.TRAIN_PEERS
+    assert set(steps.ENCODER_PEERS) < {peer.name for peer in encoder.PEERS}
+    assert set(steps.OUR_ENCODER_PEERS) == {p.name for p in encoder.PEERS if p.attention == "padfree"}
+    names = [name for name, _ in warm.items("main")]
+    for size in steps.ENCODER_SIZES:
+        assert f"encoder {size}" in names
+        assert {f"train {size} {longest}" for longest in (400, 396, 393)} <= set(names)
+    for longest, remainder in ((400, 0), (393, 1), (396, 4)):
+        lengths = warm.lengths_of(longest, remainder)
+        assert (len(lengths), max(lengths), sum(lengths) % 16) == (16, longest, remainder)
 
 
 def test_a_step_past_its_limit_keeps_what_it_had_found(around: Round) -> None:

@@ -52,7 +52,11 @@ def add_suite_options(suite: argparse.ArgumentParser, name: str) -> None:
     add("--shapes", help=shapes if name in ("attention", "memory") else sizes)
     add("--dtypes", help="fp32, fp16, bf16, by comma")
     add("--peers", help="implementations by name, by comma; an unknown name lists them all")
-    if name != "train":
+    if name == "epoch":
+        add("--reviews", required=True, help="a .parquet or another file of reviews (text, label)")
+        add("--tokenizer", required=True, help="a tokenizer's folder")
+        add("--limit", type=int, help="train on so many reviews and hold out as many (default: half of all)")
+    if name not in ("train", "epoch"):
         add("--directions", help=models if name in ("encoder", "hf") else directions)
     add("--quick", action="store_true", help="a handful of small cases; kept apart from full results")
     if name == "attention":

@@ -27,11 +27,20 @@ OTHER_HEADS = ("B64-H16-D128-S400-imdb-bf16", "B64-H8-D16-S400-imdb-bf16", "B64-
 PRECISION = tuple(case.replace("bf16", dtype) for dtype in ("fp16", "fp32") for case in HEADLINE)
 LONG = ("B16-H12-D64-S4096-scaled-bf16", "B4-H12-D64-S16384-scaled-bf16")
 MEMORY = ("B128-H12-D64-S512-scaled-bf16", "B16-H12-D64-S4096-scaled-bf16")
+ENCODER_SIZES = ("notebook", "d768")
 TABLE, MORE = (*HEADLINE, *CONTROL, *OTHER_HEADS), (*PRECISION, *LONG)
 OUR_FIRST_PEERS = ("padfree", "padfree-skip", "padfree-varlen")
 OUR_PEERS = (*OUR_FIRST_PEERS, "padfree-varlen+pack", "padfree-qkv", "padfree-nomask")
 FIRST_PEERS = (*OUR_FIRST_PEERS, "sdpa", "sdpa-efficient", "sdpa-cudnn", "varlen_attn", "varlen_attn+pack")
 BOTH = ("forward", "both")
+# Left out: our own eager, and what compiles for every shape of a batch, which takes minutes.
+TRAIN_PEERS = (
+    *("notebook", "sdpa", "ours-sdpa", "ours-padfree", "ours-padfree+graphs", "compile-sdpa-graphs"),
+    *("nn.TransformerEncoder", "sdpa+cls", "sdpa+grouped", "sdpa+launches", "ours-padfree-padded"),
+)
+OUR_ENCODER_PEERS = ("padfree", "padfree-all-rows", "padfree-packed", "padfree-packed+pack")
+OTHER_ENCODERS = ("notebook", "eager", "sdpa", "sdpa-cls", "nn.TransformerEncoder", "compile-sdpa-graphs")
+ENCODER_PEERS = (*OUR_ENCODER_PEERS, *OTHER_ENCODERS)
 
 
 class WrongArgument(Exception):
@@ -120,32 +129,36 @@ def smoke(around: Round) -> list[Step]:
 
 
 def main(around: Round) -> list[Step]:
-    """Tune the rows that the headline uses, then all tables."""
+    """Tune the rows that the headline uses, then whole steps and models, then all tables."""
     tuned = {TUNED_ROWS: str(around.folder / "tune.json")}
     no_caching, reviews = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, CARRY / "reviews"
     return [
         Step("warm", "kernels compiled side by side into one cache", 50, around.worker("warm", "main")),
-        Step("tune", "the headline's rows of the table against a dozen others", 50,
-             (*BENCH, "tune", "--minutes", "0.75", "--output", str(around.output))),
+        Step("tune", "the headline's rows of the table against a dozen others", 40,
+             (*BENCH, "tune", "--minutes", "0.6", "--output", str(around.output))),
         Step("warm-tuned", "the headline's other kernels with the tuned rows", 20, around.worker("warm", "tuned"), environment=tuned),
-        Step("table", "attention: headline, no padding, other heads; every peer", 100,
+        Step("train-step", "a training step: the notebook's loop, and each lever of ours", 90,
+             around.suite("train", "round", dtypes=["bf16"], peers=TRAIN_PEERS),
+             environment=tuned, result="train-round", grace=LONG_GRACE_SECONDS),
+        Step("encoder", "the classifier, inference and training without an optimizer", 60,
+             around.suite("encoder", "round", shapes=ENCODER_SIZES, dtypes=["bf16"], peers=ENCODER_PEERS),
+             environment=tuned, result="encoder-round", grace=LONG_GRACE_SECONDS),
+        Step("table", "attention: headline, no padding, other heads; every peer", 60,
              around.suite("attention", "table", shapes=TABLE, directions=BOTH),
              environment=tuned, result="attention-table", grace=LONG_GRACE_SECONDS),
         Step("counters", "Nsight Compute on each kernel of the headline: what binds it", 30,
              worker("counters", str(around.folder)), needs_gpu=True),
-        Step("train-step", "a training step: the notebook's loop against ours", 60,
-             around.suite("train", "round", dtypes=["bf16"]), environment=tuned, result="train-round"),
         Step("epoch-padfree", f"imdb-train on reviews, {'fused' if around.on_gpu else 'SDPA in its place'}, the second of two epochs", 30,
              around.worker("epochs", "padfree"), needs_folder=reviews),
-        Step("epoch-sdpa", "imdb-train on the same reviews, SDPA, which plans anew for every width", 40,
+        Step("epoch-sdpa", "imdb-train on the same reviews, SDPA, which plans anew for every width", 35,
              around.worker("epochs", "sdpa"), needs_folder=reviews),
         Step("memory", "what a call holds at its peak", 20,
              around.suite("memory", "round", shapes=MEMORY, peers=FIRST_PEERS), result="memory-round"),
-        Step("memcheck", "compute-sanitizer memcheck, each kernel once", 20, sanitized("memcheck"),
+        Step("memcheck", "compute-sanitizer memcheck, each kernel once", 14, sanitized("memcheck"),
              needs_gpu=True, environment=no_caching),
-        Step("racecheck", "compute-sanitizer racecheck, each kernel once", 20, sanitized("racecheck"),
+        Step("racecheck", "compute-sanitizer racecheck, each kernel once", 12, sanitized("racecheck"),
              needs_gpu=True, environment=no_caching),
-        Step("more", "attention: fp16, fp32, long sequences", 40,
+        Step("more", "attention: fp16, fp32, long sequences", 20,
              around.suite("attention", "more", shapes=MORE, directions=BOTH, peers=FIRST_PEERS),
              result="attention-more", grace=LONG_GRACE_SECONDS),
     ]  # fmt: skip

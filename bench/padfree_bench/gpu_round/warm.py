@@ -47,12 +47,13 @@ def items(part: str) -> list[Item]:
     exp2 = ("exp2", launch_exp2)
     if part == "smoke":
         return [*peers_on(HEADLINE, steps.OUR_FIRST_PEERS), exp2, *checks(agreement.all_cases(ARCH))]
-    trained = [(preset, width) for preset in ("notebook", "d768") for width in (400, 393)]
+    trained = [(preset, width) for preset in ("notebook", "d768") for width in (400, 396, 393)]
     return [
         *((f"tune {item}", partial(tune.compile_item, item)) for item in tune.warm_items()),
         *peers_on(steps.TABLE, steps.OUR_PEERS),
         exp2,
         *((f"train {preset} {width}", partial(train_step, preset, width)) for preset, width in trained),
+        *((f"encoder {preset}", partial(encoder_step, preset)) for preset in steps.ENCODER_SIZES),
         *checks(agreement.touching_cases()),
         *peers_on((*steps.MORE, *steps.MEMORY), steps.OUR_FIRST_PEERS),
     ]
@@ -83,17 +84,42 @@ def launch_exp2() -> None:
     exp2_kernel.launch(torch.empty(exp2_kernel.BLOCK * 16))
 
 
-def train_step(preset: str, width: int) -> None:
-    """A step of our recipes in bf16 at one width of a batch; 16 reviews specialise a launch as 64 do."""
-    from padfree_bench.suites import train  # imports transformers, which takes seconds
-    from padfree_bench.suites.models import make_batch
+def lengths_of(longest: int, remainder: int) -> list[int]:
+    """Of 16 reviews, which specialise a launch as 64 do: the longest, and their sum as a remainder of 16."""
+    others = [longest - 16] * 15
+    others[0] -= (longest + sum(others) - remainder) % 16
+    return [longest, *others]
+
+
+def train_step(preset: str, longest: int) -> None:
+    """A step of each of our recipes in bf16, padded to a width, and packed with sums of each kind that Triton tells apart."""
+    from imdb_classifier.data.batches import TokenizedReviews  # imports transformers, which takes seconds
+    from padfree_bench.suites import recipes, train
 
     padfree_peers.check_kernel = lambda query: None  # nothing runs here
-    case = replace(train.SIZES[preset], ffn=32)  # no kernel of ours sees it
-    batch = make_batch([width - 5] * 16, width, CPU, 0)
-    for recipe in train.RECIPES:
-        if recipe.attention == "padfree":
-            train.make_epoch(train.make_model(case, recipe, CPU), [batch], torch.bfloat16)()
+    case = replace(train.SIZES[preset], ffn=32, batch=16)  # no kernel of ours sees the ffn
+    # Filled up, compiled or captured, a step launches the same kernels.
+    for recipe in (each for each in recipes.RECIPES if each.attention == "padfree" and not each.buckets):
+        trainee = recipes.make_trainee(case, recipe, CPU)
+        for remainder in (0, 4, 1) if recipe.packed else (0,):
+            reviews = [[1] * length for length in lengths_of(longest, remainder)]
+            drawn = TokenizedReviews.from_lists(reviews, [0] * 16).__getitems__(range(16))
+            inputs = recipes.collator(case, recipe)(drawn)
+            train.Training(recipe, trainee, torch.bfloat16).issue(inputs)
+
+
+def encoder_step(preset: str) -> None:
+    """Inference and training of our peers in bf16, on a batch like the suite's."""
+    from padfree_bench.suites import encoder, models
+
+    padfree_peers.check_kernel = lambda query: None  # nothing runs here
+    case = replace(encoder.SIZES[preset], ffn=32, dtype="bf16")
+    remainder = int(case.sequence_lengths().sum()) % 16
+    batch = models.make_batch(lengths_of(case.seq, remainder), case.seq, CPU)
+    for peer in (each for each in encoder.PEERS if each.attention == "padfree"):
+        built = peer.build(case, batch, torch.bfloat16)
+        for training in (False, True):
+            models.make_call(built, training)()
 
 
 def compile_item(item: Item) -> tuple[list[bool], float]:

@@ -15,7 +15,8 @@ SUITES = {
     "attention": "one attention call: every peer, forward, backward and both",
     "memory": "peak and extra memory of a call against length, no timing",
     "encoder": "the whole classifier, inference and a training step",
-    "train": "the notebook's training loop against ours on IMDB lengths",
+    "train": "a training step: the notebook's loop, what others offer, and each of our levers",
+    "epoch": "an epoch of real reviews and predictions, the notebook's loops against ours",
     "hf": "a transformers BERT with eager, sdpa and padfree",
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -40,14 +40,27 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def fill_launches(row: Row, call: Callable[[], object]) -> None:
-    """Launches and host waits of one call into its row; a profiler that does not work costs these figures alone."""
+def fill_launches(row: Row, call: Callable[[], object], steps: int = 1) -> None:
+    """Launches and host waits of one call of so many steps into its row, of a step each.
+
+    A profiler that does not work costs these figures alone.
+    """
     try:
-        row.launches, row.syncs, longest = count_launches(call)
+        launches, syncs, longest = count_launches(call)
     except Exception as error:  # noqa: BLE001 - CUPTI is refused in many ways
         row.remark(f"launches not counted: {first_line(error)}")
         return
+    row.launches = round(launches / steps)
+    row.syncs = syncs / steps if syncs % steps else syncs // steps
     row.ran = f"{row.ran} ({longest[:60]})" if longest else row.ran
+
+
+def runs_operator(call: Callable[[], object], name: str) -> bool:
+    """Whether a warm call runs torch's operator of this name."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        call()
+    return any(event.key == name for event in profiler.key_averages())
 
 
 def count_launches(call: Callable[[], object]) -> tuple[int, int, str]:

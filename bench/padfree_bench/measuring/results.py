@@ -67,7 +67,7 @@ class Row:
     peak_mib: float | None = None
     extra_mib: float | None = None
     launches: int | None = None
-    syncs: int | None = None
+    syncs: float | None = None
     max_error: float | None = None
     relative_error: float | None = None
     wave: int | None = None

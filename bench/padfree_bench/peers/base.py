@@ -105,15 +105,15 @@ def packing(inputs: Inputs, training: bool, run: Callable[..., Tensor], ran: str
     return padded(inputs, training, whole, ran)
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """torch.compile for fixed shapes, compiled anew for every case."""
+def compiled(function: Callable[..., Any], donate: bool = False, **options: Any) -> Callable[..., Any]:
+    """torch.compile for fixed shapes, compiled anew for every case; `donate` where no graph is gone back through twice."""
     import torch._dynamo
     import torch._functorch.config
 
     # Beyond its limit of 8 shapes torch would run eager code in silence.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**16
     # The backward alone is timed with retain_graph, which donated buffers forbid.
-    torch._functorch.config.donated_buffer = False
+    torch._functorch.config.donated_buffer = donate
     return torch.compile(function, dynamic=False, **options)
 
 

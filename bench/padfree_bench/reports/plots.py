@@ -79,7 +79,9 @@ def _figures(result: Result) -> Iterator[tuple[str, Any]]:
         if roofline.drawn_rows(result, dtype):
             yield f"roofline-{dtype}", roofline.figure(result, dtype)
     for (case, direction), rows in grouped(result.rows).items():
-        if direction in ("step", "inference", "training") and any(row.timed for row in rows):
+        if direction in ("step", "inference", "training", "epoch", "predict") and any(
+            row.timed for row in rows
+        ):
             yield f"{case}-{direction}", _bar_figure(result, rows)
 
 

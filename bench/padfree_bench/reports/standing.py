@@ -15,7 +15,7 @@ HEADLINE_CASES = (*headline.HEADLINE, "B64-H12-D64-S512-full-bf16")
 HEADLINE = {(case, direction) for case in HEADLINE_CASES for direction in ("forward", "both")}
 # What stands for a headline's case where other sizes were measured: the same heads and kind of lengths.
 KINDS = {(case.heads, case.head_dim, case.lengths) for case in map(parse_case, HEADLINE_CASES)}
-STEP_SUITES = ("train", "encoder", "hf")
+STEP_SUITES = ("train", "encoder", "epoch", "hf")
 CALL, GRAPH = ("ms_p20", "ms_p50", "ms_p80"), ("graph_p20", "graph_ms", "graph_p80")
 
 
@@ -74,7 +74,8 @@ class Standing:
 
 
 def is_ours(peer: str) -> bool:
-    return peer.startswith(("padfree", "ours"))
+    """Ours, or a step on the way to it: `sdpa+cls` is SDPA with a lever of ours."""
+    return peer.startswith(("padfree", "ours", "sdpa+"))
 
 
 def standing(rows: list[Row]) -> Standing | None:

@@ -132,7 +132,9 @@ def fill_times(row: Row, samples: dict[str, Sample], steps: int = 1) -> None:
     """Quantiles of the row's call, and of its graph where it has one."""
     sample = samples[row.peer]
     row.ms_p20, row.ms_p50, row.ms_p80 = sample.p20 / steps, sample.p50 / steps, sample.p80 / steps
-    row.repetitions, row.host_us = sample.repetitions, sample.host_us
+    row.repetitions = sample.repetitions
+    if sample.host_us is not None:  # else what was measured by itself, where at all
+        row.host_us = sample.host_us
     if (graph := samples.get(f"{row.peer} graph")) is not None:
         row.graph_p20, row.graph_ms, row.graph_p80 = graph.p20, graph.p50, graph.p80
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from padfree_bench.measuring import profiling
 from padfree_bench.measuring.cases import DIRECTIONS, DTYPES, Case, pick
 from padfree_bench.measuring.check import limit_of
 from padfree_bench.measuring.machine import pick_device
 from padfree_bench.measuring.results import OK, Result, Row
-from padfree_bench.measuring.timing import Call
+from padfree_bench.measuring.timing import Call, issue_us
 from padfree_bench.peers import padfree_peers
 from padfree_bench.peers.base import compiled, needs
 from padfree_bench.suites.contenders import Contest, fill_profile, refuse, start_row
@@ -23,6 +24,7 @@ from padfree_bench.suites.session import Session
 # Never more than this: a model adds up the rounding of its layers, and an answer of zeros errs by 1.
 LIMITS = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 0.2}
 FIRST_TOKEN, LAST_TOKEN = 1000, 29000
+UNLESS_NAMED = "compiles C++ on a CPU: name it with --peers to run it"
 # What stands on the two sides of the mask's edge: the last token of every review, and its padding.
 EDGE, PAD = 999, 0
 
@@ -87,8 +89,9 @@ class Built:
 class ModelPeer:
     """One way to run a model.
 
-    `draw(case, attention)` makes it in fp32 with the same random weights for every attention, its first parameter the
-    token embedding; `on_batch(model, batch, dtype)` gives forward() and what ran.
+    `draw(case, attention)` makes it in fp32 with the same random weights for every attention, its first trained parameter
+    the token embedding; `on_batch(model, batch, dtype)` gives forward() and what ran. `fast_path` is the operator of a path
+    that torch may take in inference.
     """
 
     name: str
@@ -97,6 +100,7 @@ class ModelPeer:
     draw: Callable[[ModelCase, str], nn.Module]
     on_batch: Callable[[Any, Batch, torch.dtype], tuple[Callable[[], Tensor], str]]
     compile_mode: str | None = None
+    fast_path: str = ""
 
     def build(self, case: ModelCase, batch: Batch, dtype: torch.dtype) -> Built:
         """The model on a batch; Refused where it cannot run."""
@@ -131,7 +135,8 @@ def answers(built: Built, training: bool) -> list[Tensor]:
     built.module.eval()
     with torch.set_grad_enabled(training):
         out = built.forward()
-    grads = torch.autograd.grad(loss_of(out), next(built.module.parameters())) if training else ()
+    trained = (parameter for parameter in built.module.parameters() if parameter.requires_grad)
+    grads = torch.autograd.grad(loss_of(out), next(trained)) if training else ()
     return [tensor.detach().double() for tensor in (out, *grads)]
 
 
@@ -169,7 +174,12 @@ def run_mode(
             if admits(row, answers(model, training), exact, own):
                 model.module.train(training)
                 call = make_call(model, training)
+                if peer.fast_path and not training:
+                    taken = profiling.runs_operator(call, peer.fast_path)
+                    row.ran += f", fast path {'taken' if taken else 'not taken'} ({peer.fast_path})"
                 fill_profile(row, call, session.device)
+                if session.device.type == "cuda":
+                    row.host_us = issue_us(call)
                 row.status, contest.calls[peer.name] = OK, call
                 if peer.compile_mode != "reduce-overhead":  # which is a CUDA graph already
                     contest.graphs[peer.name] = functools.partial(make_call, model, training)
@@ -208,7 +218,7 @@ def run_models(
     known = {peer.name: peer for peer in peers}
     chosen = [known[name] for name in pick("peer", options.peers or ",".join(known), known)]
     if not options.peers and pick_device().type == "cpu":
-        unless_named = refuse("compiles C++ on a CPU: name it with --peers to run it")
+        unless_named = refuse(UNLESS_NAMED)
         chosen = [replace(peer, draw=unless_named) if peer.compile_mode else peer for peer in chosen]
     modes = choose_modes(options.directions)
     session = Session(suite, options, command, {case.dtype for case in cases})
