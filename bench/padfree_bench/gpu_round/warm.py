@@ -46,7 +46,8 @@ def items(part: str) -> list[Item]:
         return peers_on(HEADLINE, steps.OUR_PEERS) if tuned_rows().is_file() else []
     exp2 = ("exp2", launch_exp2)
     if part == "smoke":
-        return [*peers_on(HEADLINE, steps.OUR_FIRST_PEERS), exp2, *checks(agreement.all_cases(ARCH))]
+        step = ("step", partial(train_step, "notebook", 400))
+        return [*peers_on(HEADLINE, steps.OUR_FIRST_PEERS), exp2, step, *checks(agreement.all_cases(ARCH))]
     trained = [(preset, width) for preset in ("notebook", "d768") for width in (400, 396, 393)]
     return [
         *((f"tune {item}", partial(tune.compile_item, item)) for item in tune.warm_items()),
