@@ -146,15 +146,16 @@ def test_every_recipe_has_the_notebooks_answers_on_the_same_reviews(monkeypatch:
 
 @pytest.mark.usefixtures("on_a_reference")
 def test_what_a_recipe_pads_is_what_it_says() -> None:
-    tokens = len(draw_reviews(CASE, 1).ids)
+    case = replace(CASE, batch=2, batches=6)  # some of two reviews are shorter than the cut
+    data = draw_reviews(case, 1)
 
     def sizes(name: str) -> list[int]:
-        return [inputs["input_ids"].numel() for inputs in batches_of(KNOWN[name])]
+        return [inputs["input_ids"].numel() for inputs in make_batches(case, KNOWN[name], data, CPU, 1)]
 
-    assert sizes("sdpa") == [CASE.batch * CASE.seq] * CASE.batches
+    assert sizes("sdpa") == [case.batch * case.seq] * case.batches
     assert sum(sizes("ours-sdpa")) < sum(sizes("sdpa"))
-    assert sum(sizes("ours-padfree")) == tokens
-    step = CASE.batch * CASE.seq // 8
+    assert sum(sizes("ours-padfree")) == len(data.ids)
+    step = case.batch * case.seq // 8
     assert all(size % step == 0 for size in sizes("ours-padfree+graphs"))
 
 
