@@ -15,7 +15,7 @@ from padfree_bench import cli
 from padfree_bench.measuring import profiling
 from padfree_bench.measuring.results import NOT_RUN, load
 from padfree_bench.peers import padfree_peers
-from padfree_bench.reports.standing import is_ours
+from padfree_bench.reports.standing import is_ours, standing
 from padfree_bench.suites import encoder, notebook_model, train
 from padfree_bench.suites.models import UNLESS_NAMED, relative_errors
 from padfree_bench.suites.recipes import RECIPES, Recipe, draw_reviews, make_batches, make_trainee
@@ -114,9 +114,19 @@ def test_each_recipe_adds_one_lever() -> None:
     assert differ(KNOWN["sdpa"], KNOWN["eager"]) == {"attention"}
 
 
-def test_only_what_has_our_levers_is_ours() -> None:
-    ours = {recipe.name for recipe in RECIPES if is_ours(recipe.name)}
-    assert ours == {recipe.name for recipe in RECIPES if recipe.cls_only}
+def test_ours_is_held_against_sdpa_with_the_same_levers() -> None:
+    ours = [recipe for recipe in RECIPES if is_ours(recipe.name)]
+    assert all(recipe.cls_only and recipe.grouped and recipe.fused for recipe in ours)
+    rows = [
+        a_row(name, ms) for name, ms in (("notebook", 9.0), ("sdpa+launches", 2.0), ("ours-padfree", 1.0))
+    ]
+    found = standing(rows)
+    assert found is not None and found.ours is not None
+    assert (found.ours.peer, found.baseline.peer, found.best.peer) == (
+        "ours-padfree",
+        "notebook",
+        "sdpa+launches",
+    )
 
 
 def test_a_recipe_without_waits_reads_every_20_steps(waits: Counted) -> None:
