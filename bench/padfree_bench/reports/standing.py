@@ -74,8 +74,7 @@ class Standing:
 
 
 def is_ours(peer: str) -> bool:
-    """Ours, or a step on the way to it: `sdpa+cls` is SDPA with a lever of ours."""
-    return peer.startswith(("padfree", "ours", "sdpa+"))
+    return peer.startswith(("padfree", "ours"))
 
 
 def standing(rows: list[Row]) -> Standing | None:
