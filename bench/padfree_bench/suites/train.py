@@ -6,13 +6,14 @@ recipe of `recipes.py` through the same random reviews, which lie on the device 
 
 import functools
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from imdb_classifier.training.graphs import GraphedStep
 from imdb_classifier.training.watch import STEPS_BETWEEN_READS, Watch
 from padfree_bench.measuring import profiling
 from padfree_bench.measuring.cases import DTYPES, choose_dtypes, pick
@@ -63,6 +64,8 @@ class Training:
     optimizer: torch.optim.Adam = field(init=False)
     watch: Watch | None = field(init=False, default=None)
     steps: int = field(init=False, default=0)
+    # `take`, or what replays it.
+    issue: Callable[[Inputs], None] = field(init=False)
 
     def __post_init__(self) -> None:
         module, recipe = self.trainee.module, self.recipe
@@ -71,13 +74,10 @@ class Training:
         self.optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, **options)
         if not recipe.waits:
             self.watch = Watch(self.optimizer, module.named_parameters())
-        if recipe.graphs:
-            from imdb_classifier.training.graphs import GraphedStep
-
-            self.issue = GraphedStep(self.issue)  # type: ignore[method-assign]
+        self.issue = GraphedStep(self.take) if recipe.graphs else self.take
         module.train()
 
-    def issue(self, inputs: Inputs) -> None:
+    def take(self, inputs: Inputs) -> None:
         """A step, with which the host is done before the device is."""
         self.optimizer.zero_grad()
         with autocast(inputs["labels"].device, self.dtype):
