@@ -238,7 +238,7 @@ def test_threads_share_a_classifier_in_turns_and_may_load_their_own(
     ("option", "message"),
     [
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 to 1,000,000, got 0"),
         ({"device": "xpu"}, "device must be None or 'cpu', which this process uses, got 'xpu'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -259,3 +259,17 @@ def test_a_checkpoint_that_is_missing_or_damaged_is_not_loaded(finished_run: Pat
     (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(UserError, match=r"model\.safetensors"):
         Classifier.load(folder, device="cpu")
+
+
+def test_a_callback_may_ask_the_same_classifier(classifier: Classifier) -> None:
+    nested: list[Prediction] = []
+    answers = list(
+        classifier.stream(["good film"] * 3, lambda reviews: nested.extend(classifier(["bad film"])))
+    )
+    assert (len(answers), len(nested)) == (3, 1)
+
+
+@pytest.mark.parametrize("size", [0, "8", 2.5, 10**15])
+def test_a_batch_size_that_there_is_not_is_one_line(size: object, finished_run: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be a whole number from 1 to 1,000,000, got"):
+        Classifier.load(finished_run, device="cpu", batch_size=size)  # type: ignore[arg-type]

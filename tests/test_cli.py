@@ -148,9 +148,11 @@ def test_evaluate_reproduces_the_accuracy_that_training_reported(
 def test_the_choices_offered_are_the_names_the_model_knows() -> None:
     from imdb_classifier.configuration import PRESETS
     from imdb_classifier.training.inference import DTYPES
+    from imdb_classifier.training.launcher import MAX_BATCH_SIZE
 
     assert set(cli.PRESET_CHOICES) == set(PRESETS)
     assert set(cli.PRECISION_CHOICES) == set(DTYPES)
+    assert cli.MAX_BATCH_SIZE == MAX_BATCH_SIZE
 
 
 class Terminal(io.StringIO):

@@ -3,13 +3,14 @@
 import errno
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from imdb_classifier.data.batches import Collator, ReviewBatches, TokenizedReviews, tokenize
+from imdb_classifier.data.batches import Collator, ReviewBatches, TokenizedReviews, make_loader, tokenize
 from imdb_classifier.data.rows import Split
 from imdb_classifier.data.tokenization import check_tokenizer, count_ids, load_tokenizer, train_tokenizer
 from imdb_classifier.messages import UserError
@@ -51,7 +52,10 @@ def test_tokens_are_computed_once_and_kept_by_content(
     tokenize(Split([split.texts[0] + "s", *split.texts[1:]], split.labels), tokenizer, 24, tmp_path)
     tokenize(split, tokenizer, 23, tmp_path)
     tokenize(split, train_tokenizer(split.texts, 90, 24), 24, tmp_path)
-    assert len(calls) == 3
+    tokenizer.truncation_side = "left"
+    tokenize(split, tokenizer, 24, tmp_path)
+    tokenizer.truncation_side = "right"
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("harm", [b"", b"\0" * 32, None], ids=["emptied", "overwritten", "cut"])
@@ -214,3 +218,11 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer: PreTrain
     check_tokenizer(tokenizer, "own", count_ids(tokenizer))
     with pytest.raises(UserError, match="ids, the model has"):
         check_tokenizer(tokenizer, "other", count_ids(tokenizer) - 1)
+
+
+def test_a_worker_leaves_signals_to_its_parent() -> None:
+    data = TokenizedReviews.from_lists([[2, 3]] * 4, [0, 1, 0, 1])
+    batches = ReviewBatches([2] * 4, 2)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    loader = make_loader(data, batches, lambda drawn: [signal.getsignal(n) for n in numbers], workers=1)  # type: ignore[arg-type]
+    assert [set(handlers) for handlers in loader] == [{signal.SIG_IGN}] * 2

@@ -15,9 +15,14 @@ class Graphs:
     def __init__(self, monkeypatch):
         self.capturing = None
         self.replays = 0
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        self.order = []
+        own, callers = (SimpleNamespace(name=name) for name in ("own", "caller's"))
+        for stream in (own, callers):
+            stream.wait_stream = lambda other, waits=stream: self.order.append(
+                f"{waits.name} waits for {other.name}"
+            )
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: own)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: callers)
         monkeypatch.setattr(torch.cuda, "stream", lambda of: nullcontext())
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(work=[], replay=None))
@@ -31,6 +36,7 @@ class Graphs:
 
         def replay():
             self.replays += 1
+            self.order.append("replay")
             for work in graph.work:
                 work()
 
@@ -40,6 +46,7 @@ class Graphs:
 
     def do(self, work):
         if self.capturing is None:
+            self.order.append("step")
             work()
         else:
             self.capturing.work.append(work)
@@ -79,3 +86,11 @@ def test_the_callers_batch_is_left_as_it_was(graphs):
     for batch in batches:
         step(batch)
     assert [batch["x"].sum().item() for batch in batches] == [2, 0, 0, 0]
+
+
+def test_a_step_comes_after_what_made_its_batch_and_before_what_follows(graphs):
+    step = GraphedStep(lambda batch: graphs.do(lambda: None))
+    for _ in range(3):
+        step({"x": torch.zeros(2)})
+    before, after = "own waits for caller's", "caller's waits for own"
+    assert graphs.order == [before, "step", after, before, "replay", after, before, "replay", after]

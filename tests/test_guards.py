@@ -298,3 +298,38 @@ def test_the_sums_of_a_watch_are_those_of_its_batches() -> None:
     reading = watch.read()
     assert (reading.seen, reading.loss_sum) == (12, 10.0 + 4 * reading.batch_loss)
     assert reading.correct in (6, 8)  # one of four labels is 0, and all logits are equal
+
+
+def test_a_gradient_that_adam_cannot_square_is_a_fault() -> None:
+    watch, model, optimizer = make_watch()
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    step_on(watch, model, optimizer, grow=1e30)
+    assert watch.read().broken == 0
+    assert all(map(torch.equal, kept, model.parameters()))
+    loss, norm, culprits = watch.fault()
+    assert math.isfinite(loss) and norm > 1e28 and culprits == ["bias"]
+
+
+def test_a_scaler_that_finds_nothing_does_not_undo_the_stop() -> None:
+    watch, model, optimizer = make_watch(scaled=True)
+    for _ in range(MAX_SKIPPED_STEPS + 1):
+        step_on(watch, model, optimizer, grow=float("inf"), scaled=True)
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    step_on(watch, model, optimizer, scaled=True)
+    assert all(map(torch.equal, kept, model.parameters()))
+
+
+def test_a_watch_sums_over_all_processes_and_sees_what_another_one_lost() -> None:
+    torch.manual_seed(0)
+    model, others = torch.nn.Linear(3, 2), torch.tensor([1.5, 2.0, 4.0], dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    watch = Watch(optimizer, model.named_parameters(), reduce=lambda batch: batch + others)
+    step_on(watch, model, optimizer)
+    alone, *parts = make_watch()
+    step_on(alone, *parts)
+    reading, own = watch.read(), alone.read()
+    assert (reading.seen, reading.correct) == (own.seen + 4, own.correct + 2)
+    assert reading.loss_sum == own.loss_sum + 1.5
+    others[0] = float("nan")
+    step_on(watch, model, optimizer)
+    assert watch.read().broken == 1

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from imdb_classifier.configuration import PRESETS
 from imdb_classifier.data.batches import Collator, TokenizedReviews
@@ -138,6 +139,11 @@ def test_a_batch_is_packed_where_the_attention_can_and_the_layout_says_so():
     [
         ({"attention": "sdpa", "layout": "packed"}, {}, "attention 'sdpa' does not keep packed reviews apart"),
         ({"attention": "sdpa"}, {"collate": True}, "attention 'sdpa' does not keep packed reviews apart"),
+        (
+            {"attention": "padfree"},
+            {"collate": True, "attention_mask": torch.ones(1, 93)},
+            "packed reviews have no padding, got an attention_mask",
+        ),
         ({"attention": "padfree"}, {"collate": True, "position_ids": None}, "position_ids absent, max_length_q given"),
         ({"attention": "padfree"}, {"collate": True, "max_length_q": None}, "max_length_q absent"),
         ({"attention": "padfree"}, {"collate": True, "max_length_q": 41}, "max_length_q is 41, the model has 40"),
@@ -186,6 +192,77 @@ def test_an_adapter_in_place_of_a_projection_computes_by_itself():
     attention.wv = adapter
     # The weights of a row sum to one, so one more in every value is one more before the last projection.
     assert torch.allclose(attention(x), plain + attention.dense.weight.sum(1), atol=1e-6)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, arguments, output: output + 1)
+
+
+def moved(layer):
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 1
+
+
+@pytest.mark.parametrize("change", [hooked, moved])
+def test_what_is_hung_onto_a_projection_computes(change):
+    torch.manual_seed(0)
+    attention, x = MultiHeadAttention(8, 8, 2), torch.randn(1, 3, 8)
+    plain = attention(x)
+    change(attention.wv)
+    assert torch.allclose(attention(x), plain + attention.dense.weight.sum(1), atol=1e-6)
+
+
+def test_projections_without_a_bias_and_pruned_ones_compute():
+    torch.manual_seed(0)
+    attention, x = MultiHeadAttention(8, 8, 2), torch.randn(1, 3, 8)
+    prune.random_unstructured(attention.wv, "weight", 0.5)
+    for _ in range(2):
+        attention(x).sum().backward()
+    attention.wq, attention.wk, attention.wv = (nn.Linear(8, 8, bias=False) for _ in range(3))
+    assert attention(x).shape == x.shape
+
+
+def test_the_head_is_in_fp32_under_autocast():
+    model, seen = make_classifier(), []
+    model.classification.register_forward_hook(lambda module, arguments, z: seen.extend([*arguments, z]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(1, 60, (2, 9)))
+    assert [tensor.dtype for tensor in seen] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_mask_of_all_rows_is_written_out(attention, monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ids, mask = drawn(0)
+    model, shapes = make_classifier(attention=attention), []
+    own = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def spied(name, default):
+        attend = own(name, default)
+
+        def call(module, query, key, value, attention_mask, **options):
+            shapes.append(attention_mask.shape)
+            return attend(module, query, key, value, attention_mask, **options)
+
+        return call
+
+    monkeypatch.setattr(
+        type(ALL_ATTENTION_FUNCTIONS), "get_interface", lambda self, name, default: spied(name, default)
+    )
+    model(ids, mask)
+    assert shapes == [(6, 1, 1, 40)] * 2
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.999999, 1.0])
+def test_dropout_on_a_cpu_takes_every_rate(p):
+    torch.manual_seed(0)
+    out = Dropout(p)(torch.ones(4000))
+    kept = out[out != 0]
+    share = round(p * 2**16) / 2**16
+    assert abs(len(kept) / 4000 - (1 - share)) < 0.03
+    # scaled by the share that was met, not by the one that was asked for
+    assert share in (0, 1) or torch.equal(kept, torch.full_like(kept, 1 / (1 - share)))
 
 
 def test_dropout_on_a_cpu_drops_its_share_and_keeps_the_mean():

@@ -65,24 +65,35 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
         dropped = round(self.p * 2**16)
+        if not self.training or x.device.type != "cpu" or dropped in (0, 2**16):
+            return super().forward(x)
         # A draw of 64 bits is four numbers.
-        bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)
+        draws = -(-x.numel() // 4)
+        bits = torch.randint(-(2**63), 2**63 - 1, (draws,), device=x.device).view(torch.int16)
         keep = bits[: x.numel()].view(x.shape) >= dropped - 2**15
         return torch.where(keep, x, 0) * (2**16 / (2**16 - dropped))
 
 
 def linear_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each linear layer makes of x, by one matrix product where all of them are plain `nn.Linear`."""
-    # An adapter or a quantised layer in its place computes by itself.
-    if not all(type(layer) is nn.Linear for layer in layers):
+    if not all(map(_is_plain, layers)):
         return tuple(layer(x) for layer in layers)
     linear = cast(tuple[nn.Linear, ...], layers)
     weight = torch.cat([layer.weight for layer in linear])
     bias = torch.cat([layer.bias for layer in linear])
     return F.linear(x, weight, bias).split([layer.out_features for layer in linear], dim=-1)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and bias alone: no adapter, no quantised weight, nothing hooked to its call."""
+    if type(layer) is not nn.Linear or layer.bias is None or type(layer.weight) not in (nn.Parameter, Tensor):
+        return False
+    hooks = (
+        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    )
+    # accelerate, for one, puts a forward of its own into a layer that it moves.
+    return not hooks and "forward" not in layer.__dict__
 
 
 class MultiHeadAttention(nn.Module):

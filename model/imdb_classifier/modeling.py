@@ -93,6 +93,8 @@ class TextClassifier(PreTrainedModel):
         self._check_ids(input_ids)
         packed = None
         if cu_seq_lens_q is not None:
+            if attention_mask is not None:
+                raise ValueError("packed reviews have no padding, got an attention_mask beside cu_seq_lens_q")
             packed = self._packed(input_ids, position_ids, cu_seq_lens_q, max_length_q)
         else:
             self._check_length(input_ids.shape[1], "input_ids holds {} tokens a review")
@@ -162,10 +164,11 @@ class TextClassifier(PreTrainedModel):
 
     def _mask(self, x: Tensor, attention_mask: Tensor | None) -> Any:
         """The mask in the form that the attention wants."""
-        if attention_mask is not None and self.config._attn_implementation in ("sdpa", "eager"):
+        asks_for_bool = self.config._attn_implementation in ("sdpa", "eager")
+        if asks_for_bool and attention_mask is not None and attention_mask.ndim == 2:
             # Every row sees the same keys, so one row is enough; transformers would write out [B,1,S,S], and wait for
             # the GPU to look for padding.
-            return attention_mask if attention_mask.ndim == 4 else (attention_mask != 0)[:, None, None, :]
+            return attention_mask.bool()[:, None, None, :]
         return create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from imdb_classifier.configuration import TextClassifierConfig
 from imdb_classifier.data.tokenization import check_tokenizer, load_tokenizer
 from imdb_classifier.messages import UserError, warn
 from imdb_classifier.modeling import TextClassifier
+from imdb_classifier.packing import serves_packed
 
 MAX_LAYERS = 1_000
 CONFIG_FIELDS = {*inspect.get_annotations(TextClassifierConfig), "id2label", "label2id"} - {"attribute_map"}
@@ -80,6 +81,9 @@ def load_classifier(
 
 def _load(folder: Path, view: Path, attention: str) -> tuple[TextClassifier, PreTrainedTokenizerFast]:
     config = _load_config(folder)
+    if config.layout == "packed" and not serves_packed(attention):
+        asked = "layout is 'packed', which padfree runs"
+        raise UserError(f"{folder / 'config.json'}: {asked} and {attention} does not; with 'auto' both do")
     _check_header(folder / MODEL_FILE, config)
     tokenizer = load_tokenizer(str(view), config.max_length)
     check_tokenizer(tokenizer, str(folder), config.vocab_size)
@@ -102,6 +106,8 @@ def _load_config(folder: Path) -> TextClassifierConfig:
         config = TextClassifierConfig.from_dict({**own, "dtype": "float32"})
         if config.n_layers > MAX_LAYERS:
             raise ValueError(f"n_layers is {config.n_layers}, expected at most {MAX_LAYERS}")
+        if config.num_labels != 2:
+            raise ValueError(f"it names {config.num_labels} label, expected the two of a review")
     except Exception as error:  # noqa: BLE001  transformers raises types of its own for a wrong field
         raise UserError(f"{file}: is no usable configuration: {' '.join(str(error).split())}") from None
     return config

@@ -28,6 +28,7 @@ DEFAULT_OUTPUT_DIR = Path("runs/imdb")
 MAX_TOKENS = 1_000_000
 MAX_VOCABULARY = 1_000_000
 MAX_LEARNING_RATE = 1e30
+MAX_BATCH_SIZE = 1_000_000
 
 
 # What the libraries read when they are imported, unless the user has set it.
@@ -75,6 +76,7 @@ def whole_number(text: str, least: int, most: int = 2**63 - 1) -> int:
 positive = partial(whole_number, least=1)
 non_negative = partial(whole_number, least=0)
 token_count = partial(whole_number, least=2, most=MAX_TOKENS)
+batch_size = partial(whole_number, least=1, most=MAX_BATCH_SIZE)
 vocabulary_size = partial(whole_number, least=1, most=MAX_VOCABULARY)
 
 
@@ -184,13 +186,21 @@ def run_command(
         hint = "; free some space and resume" if error.errno == errno.ENOSPC else ""
         status, message = 2, f"{where}{error.strerror}{hint}"
     except Exception as error:
-        # torch.compile, which a launcher may ask for, fails with types of its own.
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if (told := _known_failure(error)) is None:
             raise
-        reason = " ".join(str(error).splitlines()[:2])
-        status, message = 2, f"torch.compile cannot compile the model here: {reason}"
+        status, message = 2, told
     print(f"{parser.prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _known_failure(error: Exception) -> str | None:
+    """One line for what libraries raise without a type that could be imported cheaply."""
+    if str(error).startswith("DataLoader worker"):
+        return "a process that makes batches was killed, perhaps for want of memory: try fewer --workers"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(str(error).splitlines()[:2])
+        return f"torch.compile cannot compile the model here: {reason}"
+    return None
 
 
 def _describe_missing_packages(error: ModuleNotFoundError) -> str:

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="which reviews; what files of your own lack is held out of their training reviews as imdb-train does, "
         "all takes every one",
     )
-    option("--batch-size", type=cli.positive, default=64, help="reviews at a time")
+    option("--batch-size", type=cli.batch_size, default=64, help="reviews at a time")
     cli.add_compute_options(parser)
     option("--json", action="store_true", help="print the result as one JSON object")
     option("--logits", type=Path, metavar="FILE", help="write one JSON line per review: row, label, logit")
@@ -54,10 +54,11 @@ def evaluate(options: argparse.Namespace) -> int:
     from imdb_classifier.checkpoints.weights import load_classifier
     from imdb_classifier.data.batches import tokenize
     from imdb_classifier.training import inference
-    from imdb_classifier.training.launcher import make_accelerator
+    from imdb_classifier.training.launcher import check_batch_size, make_accelerator
     from imdb_classifier.training.reporting import progress_of
 
     accelerator = make_accelerator(options.precision, options.cpu, options.compile)
+    check_batch_size(options.batch_size, accelerator)
     attention, reason = inference.resolve_attention(options.attention, accelerator, options.precision)
     model, tokenizer = load_classifier(folder, attention)
     with accelerator.main_process_first():

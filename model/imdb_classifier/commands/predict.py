@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Reviews are read, computed and answered 32 batches at a time"
     )
     option("--file", type=Path, help=what)
-    option("--batch-size", type=cli.positive, default=64, help="reviews at a time")
+    option("--batch-size", type=cli.batch_size, default=64, help="reviews at a time")
     cli.add_compute_options(parser)
     what = "print one JSON object a review, with its line, or its place among the arguments"
     option("--json", action="store_true", help=what)

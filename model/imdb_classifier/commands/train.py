@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--max-length", type=cli.token_count, default=400, help="cut reviews here, in tokens")
     option("--preset", choices=cli.PRESET_CHOICES, default="notebook", help="model sizes")
     option("--epochs", type=cli.positive, default=3, help="passes over the training reviews")
-    option("--batch-size", type=cli.positive, default=64, help="reviews a step, over all processes")
+    option("--batch-size", type=cli.batch_size, default=64, help="reviews a step, over all processes")
     option("--learning-rate", type=cli.learning_rate, default=1e-3, help="of Adam")
     option("--seed", type=cli.non_negative, default=0, help="fixes weights, batches and dropout")
     option(

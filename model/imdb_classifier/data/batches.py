@@ -81,12 +81,13 @@ def tokenize(
     """Token ids of every review, cut at `max_length`; computed once and kept on disk by content.
 
     The cache file's name is a digest of the texts, the tokenizer and `max_length`, so it cannot be stale; a file
-    that is not as it was written is made anew.
+    that is not as it was written is made anew. It is mapped into memory, so nothing may write into it while it is in
+    use; this function only ever puts another file in its place.
     """
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls leave their truncation and padding behind in the tokenizer; they are not part of what it is.
     settings |= {"truncation": None, "padding": None}
-    key = [CACHE_FORMAT, max_length, settings, split.texts]
+    key = [CACHE_FORMAT, max_length, tokenizer.truncation_side, settings, split.texts]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     folder = cache_dir or Path(constants.HF_HOME) / "imdb_classifier"
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def _read_cache(file: Path) -> Tensor | None:
 
     They are the number of reviews, the length of each, and all token ids.
     """
-    size = file.stat().st_size if file.exists() else 0
+    size = file.stat().st_size if file.is_file() else 0
     if size % 4 or size <= DIGEST_BYTES:
         return None
     numbers = torch.from_file(str(file), shared=False, size=size // 4, dtype=torch.int32)

@@ -20,7 +20,7 @@ from imdb_classifier.data.tokenization import encode
 from imdb_classifier.messages import NonFiniteError, UserError
 from imdb_classifier.modeling import TextClassifier
 from imdb_classifier.training import inference
-from imdb_classifier.training.launcher import make_accelerator
+from imdb_classifier.training.launcher import MAX_BATCH_SIZE, check_batch_size, make_accelerator
 
 
 class Prediction(NamedTuple):
@@ -57,7 +57,8 @@ class Classifier:
         self.model = accelerator.prepare(model)
         self.tokenizer, self.accelerator, self.batch_size = tokenizer, accelerator, batch_size
         self.attention, self.reason, self.buckets = attention, reason, buckets
-        self._turn = threading.Lock()
+        # Of one thread, which may ask again in `after_batch`.
+        self._turn = threading.RLock()
 
     @classmethod
     def load(
@@ -86,13 +87,15 @@ class Classifier:
         """
         if precision not in inference.DTYPES:
             raise ValueError(f"precision must be one of {', '.join(inference.DTYPES)}, got {precision!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not (isinstance(batch_size, int) and 1 <= batch_size <= MAX_BATCH_SIZE):
+            wanted = f"a whole number from 1 to {MAX_BATCH_SIZE:,}"
+            raise ValueError(f"batch_size must be {wanted}, got {batch_size!r}")
         folder = resolve(Path(path))
         accelerator = make_accelerator(precision, device == "cpu", compiled)
         here = accelerator.device.type
         if device not in (None, here):
             raise ValueError(f"device must be None or {here!r}, which this process uses, got {device!r}")
+        check_batch_size(batch_size, accelerator)
         name, reason = inference.resolve_attention(attention, accelerator, precision)
         model, tokenizer = load_classifier(folder, name)
         return cls(

@@ -30,7 +30,11 @@ def describe_fault(run: Run, step: tuple[Position, Tensor]) -> NonFiniteError:
     """The error for the step that `run.watch` found to be not finite, with a diagnostic beside the checkpoints."""
     position, rows = step
     loss, norm, culprits = run.watch.fault()
-    what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+    if run.accelerator.num_processes > 1:
+        rows = run.accelerator.gather(rows)
+    what = f"loss is {loss}"
+    if math.isfinite(loss):
+        what = f"gradient norm is {norm:g}" + ", too large to be squared in fp32" * math.isfinite(norm)
     # The first of these batches is the oldest that was not read yet.
     number = run.state.step - len(run.unread) + 1 + run.unread.index(step)
     diagnostic = {

@@ -12,6 +12,8 @@ from accelerate.utils import DataLoaderConfiguration, TorchDynamoPlugin
 
 from imdb_classifier.messages import UserError, note
 
+# Beyond it a batch's padding alone fills any memory.
+MAX_BATCH_SIZE = 1_000_000
 # Of torch.compile: training and evaluation, each with `BUCKETS` shapes and those of their last batches, and room.
 MAX_GRAPHS = 64
 ON = ("1", "on", "t", "true", "y", "yes")
@@ -87,6 +89,13 @@ def make_accelerator(precision: str, cpu: bool, compiled: bool = False) -> accel
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
     say_what_was_taken(accelerator, cpu, compiled)
     return accelerator
+
+
+def check_batch_size(batch_size: int, accelerator: accelerate.Accelerator) -> None:
+    """Raise UserError where the reviews of a batch cannot be shared out evenly among the processes."""
+    if batch_size % accelerator.num_processes:
+        shared = f"be a multiple of the {accelerator.num_processes} processes"
+        raise UserError(f"--batch-size must {shared}, which share a batch, got {batch_size}")
 
 
 def check(mixed_precision: str) -> None:

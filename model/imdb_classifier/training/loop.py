@@ -27,8 +27,9 @@ from imdb_classifier.training.watch import STEPS_BETWEEN_READS, Reading
 def fit(run: Run) -> None:
     """Train to the last epoch; after each, evaluate, let validation choose the best, and save.
 
-    Raises NonFiniteError where a loss, gradient, weight or evaluation is NaN or infinite, at most `STEPS_BETWEEN_READS`
-    steps after it, in which no weight has changed; the last checkpoint stands as it was. Raises Stopped where a signal came; the state is saved.
+    Raises NonFiniteError where a loss, gradient or evaluation is NaN or infinite, at most `STEPS_BETWEEN_READS` steps
+    after it, in which no weight has changed, and where a weight that is saved would be; the last checkpoint stands as it
+    was. Raises Stopped where a signal came; the state is saved.
     """
     run.step = partial(take_step, run)
     if run.options.cuda_graphs:
@@ -167,9 +168,12 @@ def evaluate_split(run: Run, name: str) -> Evaluation:
 
 
 def stop_if_asked(run: Run) -> None:
-    """Answer a signal: save and leave. With several processes all leave if one was asked."""
+    """Answer a signal: save and leave. With several processes all leave if one was asked, on GPUs after a read."""
     number = run.stop.number or 0
     if run.accelerator.num_processes > 1:
+        if run.accelerator.device.type != "cpu" and run.unread:
+            # Asking the others waits for this GPU.
+            return
         asked = torch.tensor([number], device=run.accelerator.device)
         number = int(run.accelerator.gather(asked).max())
     if number:

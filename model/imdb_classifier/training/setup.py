@@ -18,6 +18,7 @@ from imdb_classifier.messages import UserError
 from imdb_classifier.modeling import TextClassifier
 from imdb_classifier.training import guards, saving
 from imdb_classifier.training.inference import resolve_attention
+from imdb_classifier.training.launcher import check_batch_size
 from imdb_classifier.training.run import Run
 from imdb_classifier.training.watch import Watch
 
@@ -30,6 +31,7 @@ DECIDING_OPTIONS = (
 
 def assemble(options: Namespace, reviews: Reviews, accelerator: Accelerator) -> Run:
     """Build model, optimizer and data, fresh or from the newest intact checkpoint."""
+    check_batch_size(options.batch_size, accelerator)
     attention, reason = resolve_attention(options.attention, accelerator, options.precision)
     if options.cuda_graphs and accelerator.device.type != "cuda":
         raise UserError("--cuda-graphs needs a GPU, this run is on the CPU")

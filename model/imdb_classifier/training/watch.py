@@ -35,7 +35,7 @@ class Watch:
     Call `look` in each step between its backward and the optimizer's step; `read` when the host wants to know.
 
     Args:
-        optimizer: torch's own, with a fused step, which heeds `found_inf`.
+        optimizer: torch's own, with a fused step, which heeds `found_inf`. It can be watched once.
         parameters: names and parameters, as of `named_parameters()`.
         reduce: sums a tensor over all processes; None where there is one.
         scaled: whether a GradScaler searches its scale: its overflows leave out a step each, and only more than
@@ -54,35 +54,39 @@ class Watch:
         self._parameters = [parameter for _, parameter in trained]
         self._reduce, self._scaled = reduce, scaled
         device = self._parameters[0].device
+        # Apple's GPUs have no fp64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
         # loss, right answers, reviews: of the epoch, and of the last batch
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(3, dtype=dtype, device=device)
         self._batch = torch.zeros_like(self._sums)
         self._steps, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         # Of the first step that was not finite: its number, its loss, and the norm of each gradient.
         self._broken = torch.full((), -1, dtype=torch.int64, device=device)
-        self._values = torch.zeros(1 + len(trained), dtype=torch.float64, device=device)
+        self._values = torch.zeros(1 + len(trained), dtype=dtype, device=device)
         # 1 from that step on, in the optimizer's form
         self._stop = torch.zeros((), dtype=torch.float32, device=device)
         optimizer.register_step_pre_hook(self._tell)
 
     def start_epoch(self, loss_sum: float, correct: int, seen: int, skipped_in_a_row: int) -> None:
         """Go on from these sums."""
-        self._sums.copy_(torch.tensor([loss_sum, correct, seen], dtype=torch.float64))
+        self._sums.copy_(torch.tensor([loss_sum, correct, seen], dtype=self._sums.dtype))
         self._skipped.fill_(skipped_in_a_row)
 
     @torch.no_grad()
     def look(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Take in a step: its mean loss, its logits [B, 2] for labels [B], and the gradients that it left, unscaled."""
-        loss_sum = loss.detach().double() * len(labels)
-        correct = (logits.argmax(dim=-1) == labels).sum(dtype=torch.float64)
+        dtype = self._sums.dtype
+        loss_sum = loss.detach().to(dtype) * len(labels)
+        correct = (logits.argmax(dim=-1) == labels).sum(dtype=dtype)
         batch = torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
         if self._reduce is not None:
             batch = self._reduce(batch)
         self._batch.copy_(batch)
         gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in self._parameters]
-        norms = torch.stack(torch._foreach_norm(gradients)).double()
-        values = torch.cat([batch[:1] / batch[2], norms])
-        finite = values.isfinite()
+        norms = torch.stack(torch._foreach_norm(gradients)).float()
+        values = torch.cat([batch[:1] / batch[2], norms.to(batch.dtype)])
+        # Squared, because Adam keeps gradients so, in fp32.
+        finite = torch.cat([values[:1], norms.square().to(batch.dtype)]).isfinite()
         overflow = ~finite.all()
         fault = overflow
         if self._scaled:
@@ -102,14 +106,17 @@ class Watch:
 
     def read(self) -> Reading:
         """Wait for the device and read."""
-        numbers = torch.stack(
-            [self._batch[0] / self._batch[2], self._skipped.double(), self._broken.double()]
-        )
+        batch_loss = self._batch[0] / self._batch[2]
+        numbers = torch.stack([batch_loss, *(x.to(batch_loss.dtype) for x in (self._skipped, self._broken))])
         loss_sum, correct, seen, batch_loss, skipped, broken = torch.cat([self._sums, numbers]).tolist()
         return Reading(loss_sum, int(correct), int(seen), batch_loss, int(skipped), int(broken))
 
     def fault(self) -> tuple[float, float, list[str]]:
-        """Of the first step that was not finite: its loss, its gradient norm, and whose gradients were not."""
+        """Of the first step that was not finite: its loss, its gradient norm, and whose gradients were not.
+
+        A gradient whose norm fp32 cannot square counts among those.
+        """
         loss, *norms = self._values.tolist()
-        broken = [name for name, norm in zip(self.names, norms, strict=True) if not math.isfinite(norm)]
+        largest = math.sqrt(torch.finfo(torch.float32).max)
+        broken = [name for name, norm in zip(self.names, norms, strict=True) if not norm <= largest]
         return loss, math.hypot(*norms), sorted(broken)
