@@ -56,8 +56,10 @@ def add_suite_options(suite: argparse.ArgumentParser, name: str) -> None:
         add("--reviews", required=True, help="a .parquet or another file of reviews (text, label)")
         add("--tokenizer", required=True, help="a tokenizer's folder")
         add("--limit", type=int, help="train on so many reviews and hold out as many (default: half of all)")
-    if name not in ("train", "epoch"):
-        add("--directions", help=models if name in ("encoder", "hf") else directions)
+    if name != "train":
+        loops = "epoch, predict, by comma"
+        told = {"encoder": models, "hf": models, "epoch": loops}
+        add("--directions", help=told.get(name, directions))
     add("--quick", action="store_true", help="a handful of small cases; kept apart from full results")
     if name == "attention":
         add("--twice", action="store_true", help="time every peer a second time under another name")

@@ -7,7 +7,7 @@ counting as it goes, and evaluates those held out.
 
 import functools
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from padfree_bench.suites.train import REFERENCE, SIZES, Training, answers, auto
 
 VOCABULARY, BATCH = 30522, 64
 PEERS = ("notebook", "ours-sdpa", "ours-padfree")
+DIRECTIONS = ("epoch", "predict")
 # Reviews to train on, as many held out, and a batch of these for the check.
 Reviews = tuple[TokenizedReviews, TokenizedReviews, TokenizedReviews]
 
@@ -88,7 +89,11 @@ class Loops:
 
 
 def run_case(
-    session: Session, case: ModelCase, recipes: list[Recipe], reviews: Reviews
+    session: Session,
+    case: ModelCase,
+    recipes: list[Recipe],
+    reviews: Reviews,
+    chosen: Collection[str] = DIRECTIONS,
 ) -> Iterator[list[Row]]:
     """Check a step and a batch's logits against the notebook's model in fp64, then time epochs and predictions."""
     device, dtype = session.device, DTYPES[case.dtype]
@@ -101,7 +106,8 @@ def run_case(
     exact = answers(reference, padded, torch.float64)
     # The logits again, of the loop that predicts.
     own, exact = [*own, own[0]], [*exact, exact[0]]
-    for direction, counted in (("epoch", reviews[:2]), ("predict", reviews[1:2])):
+    for direction in chosen:
+        counted = reviews[:2] if direction == "epoch" else reviews[1:2]
         tokens, number = (sum(map(len, each)) for each in ([data.ids for data in counted], counted))
         contest = Contest(session, tokens)
         for recipe in recipes:
@@ -164,5 +170,6 @@ def run(options: Namespace, command: list[str]) -> Result:
     cases = [replace(case, batch=BATCH, batches=-(-len(reviews[0]) // BATCH)) for case in cases]
     seconds = 1 if options.quick else 60
     session.effort = Effort(seconds, least=3, most=9, warmup=1, at_most_seconds=2 * seconds)
-    measure = functools.partial(run_case, session, recipes=recipes, reviews=reviews)
-    return session.run([(case.id, functools.partial(measure, case)) for case in cases], directions=2)
+    chosen = pick("direction", options.directions or ",".join(DIRECTIONS), DIRECTIONS)
+    measure = functools.partial(run_case, session, recipes=recipes, reviews=reviews, chosen=chosen)
+    return session.run([(case.id, functools.partial(measure, case)) for case in cases], len(chosen))

@@ -6,6 +6,7 @@ infinite has changed no weight, and neither has any step after it: the optimizer
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 STEPS_BETWEEN_READS = 20
 # fp16 halves its loss scale after an overflow; from 2^16, this many in a row are no longer a search for a scale.
 MAX_SKIPPED_STEPS = 40
+MOST = torch.finfo(torch.float32).max
 
 
 class Reading(NamedTuple):
@@ -54,50 +56,64 @@ class Watch:
         self._parameters = [parameter for _, parameter in trained]
         self._reduce, self._scaled = reduce, scaled
         device = self._parameters[0].device
+        number = partial(torch.zeros, (), dtype=torch.int64, device=device)
         # Apple's GPUs have no fp64.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        # loss, right answers, reviews: of the epoch, and of the last batch
-        self._sums = torch.zeros(3, dtype=dtype, device=device)
-        self._batch = torch.zeros_like(self._sums)
-        self._steps, self._skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        real = torch.float32 if device.type == "mps" else torch.float64
+        self._loss_sum, self._batch_loss = (torch.zeros((), dtype=real, device=device) for _ in range(2))
+        self._correct, self._seen, self._steps, self._skipped = (number() for _ in range(4))
         # Of the first step that was not finite: its number, its loss, and the norm of each gradient.
-        self._broken = torch.full((), -1, dtype=torch.int64, device=device)
-        self._values = torch.zeros(1 + len(trained), dtype=dtype, device=device)
+        self._broken = number() - 1
+        self._values = torch.zeros(1 + len(trained), device=device)
         # 1 from that step on, in the optimizer's form
-        self._stop = torch.zeros((), dtype=torch.float32, device=device)
+        self._stop = torch.zeros((), device=device)
+        # What a loss and a norm may be, of which Adam keeps the square.
+        self._most = torch.full((1 + len(trained),), MOST**0.5, device=device)
+        self._most[0] = MOST
         optimizer.register_step_pre_hook(self._tell)
 
     def start_epoch(self, loss_sum: float, correct: int, seen: int, skipped_in_a_row: int) -> None:
         """Go on from these sums."""
-        self._sums.copy_(torch.tensor([loss_sum, correct, seen], dtype=self._sums.dtype))
+        self._loss_sum.fill_(loss_sum)
+        self._correct.fill_(correct)
+        self._seen.fill_(seen)
         self._skipped.fill_(skipped_in_a_row)
 
     @torch.no_grad()
     def look(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Take in a step: its mean loss, its logits [B, 2] for labels [B], and the gradients that it left, unscaled."""
-        dtype = self._sums.dtype
-        loss_sum = loss.detach().to(dtype) * len(labels)
-        correct = (logits.argmax(dim=-1) == labels).sum(dtype=dtype)
-        batch = torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
-        if self._reduce is not None:
-            batch = self._reduce(batch)
-        self._batch.copy_(batch)
-        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in self._parameters]
-        norms = torch.stack(torch._foreach_norm(gradients)).float()
-        values = torch.cat([batch[:1] / batch[2], norms.to(batch.dtype)])
-        # Squared, because Adam keeps gradients so, in fp32.
-        finite = torch.cat([values[:1], norms.square().to(batch.dtype)]).isfinite()
-        overflow = ~finite.all()
-        fault = overflow
-        if self._scaled:
-            self._skipped.copy_(torch.where(overflow, self._skipped + 1, 0))
-            fault = overflow & (~finite[0] | (self._skipped > MAX_SKIPPED_STEPS))
-        is_first = fault & (self._broken < 0)
-        self._values.copy_(torch.where(is_first, values, self._values))
-        self._broken.copy_(torch.where(is_first, self._steps, self._broken))
-        self._stop.copy_(self._broken >= 0)
+        correct = (logits.argmax(dim=-1) == labels).sum()
+        if self._reduce is None:
+            self._batch_loss.copy_(loss)
+            self._loss_sum.add_(loss, alpha=len(labels))
+            self._correct += correct
+            self._seen += len(labels)
+        else:
+            own = [
+                loss.detach().to(self._loss_sum) * len(labels),
+                correct,
+                torch.full_like(correct, len(labels)),
+            ]
+            loss_sum, correct, seen = self._reduce(torch.stack([x.to(self._loss_sum) for x in own])).unbind()
+            self._batch_loss.copy_(loss_sum / seen)
+            self._loss_sum += loss_sum
+            self._correct += correct.long()
+            self._seen += seen.long()
+        self._find_fault()
         self._steps += 1
-        self._sums += batch
+
+    def _find_fault(self) -> None:
+        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in self._parameters]
+        norms = torch._foreach_norm(gradients)
+        values = torch.stack([self._batch_loss.float(), *(norm.float() for norm in norms)])
+        # NaN is no less than anything.
+        fault = (values <= self._most).all().logical_not_()
+        if self._scaled:
+            self._skipped.copy_(torch.where(fault, self._skipped + 1, 0))
+            fault &= ~(values[0] <= MOST) | (self._skipped > MAX_SKIPPED_STEPS)
+        is_first = fault & (self._broken < 0)
+        torch.where(is_first, values, self._values, out=self._values)
+        torch.where(is_first, self._steps, self._broken, out=self._broken)
+        self._stop.copy_(self._broken >= 0)
 
     def _tell(self, optimizer: Any, *_: object) -> None:
         """Before each step of the optimizer, in which a GradScaler may have its own word."""
@@ -106,9 +122,9 @@ class Watch:
 
     def read(self) -> Reading:
         """Wait for the device and read."""
-        batch_loss = self._batch[0] / self._batch[2]
-        numbers = torch.stack([batch_loss, *(x.to(batch_loss.dtype) for x in (self._skipped, self._broken))])
-        loss_sum, correct, seen, batch_loss, skipped, broken = torch.cat([self._sums, numbers]).tolist()
+        whole = torch.stack([self._correct, self._seen, self._skipped, self._broken])
+        numbers = torch.cat([torch.stack([self._loss_sum, self._batch_loss]), whole.to(self._loss_sum)])
+        loss_sum, batch_loss, correct, seen, skipped, broken = numbers.tolist()
         return Reading(loss_sum, int(correct), int(seen), batch_loss, int(skipped), int(broken))
 
     def fault(self) -> tuple[float, float, list[str]]:
@@ -117,6 +133,6 @@ class Watch:
         A gradient whose norm fp32 cannot square counts among those.
         """
         loss, *norms = self._values.tolist()
-        largest = math.sqrt(torch.finfo(torch.float32).max)
-        broken = [name for name, norm in zip(self.names, norms, strict=True) if not norm <= largest]
+        most = self._most[1].item()
+        broken = [name for name, norm in zip(self.names, norms, strict=True) if not norm <= most]
         return loss, math.hypot(*norms), sorted(broken)
