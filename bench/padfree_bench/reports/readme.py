@@ -52,10 +52,13 @@ def _line(result: Result, found: Standing, ours: Row) -> str:
 
 def _figure(row: Row, bold: bool = False) -> str:
     """`sdpa 0.21 ms, graph 0.19`; in bold with what lies between p20 and p80."""
-    call = f"{row.peer} {row.ms_p50:.4g} ms"
+    # Epochs are read in seconds.
+    scale, unit = (1e3, "s") if (row.ms_p50 or 0.0) >= 1e4 else (1.0, "ms")
+    figures = [f"{(value or 0.0) / scale:.4g}" for value in (row.ms_p20, row.ms_p50, row.ms_p80)]
+    call = f"{row.peer} {figures[1]} {unit}"
     graph = f"{row.graph_ms:.4g}" if row.graph_ms else ""
     if bold:
-        call = f"**{call}** [{row.ms_p20:.4g}, {row.ms_p80:.4g}]"
+        call = f"**{call}** [{figures[0]}, {figures[2]}]"
         spread = f" [{row.graph_p20:.4g}, {row.graph_p80:.4g}]" if row.graph_p20 else ""
         graph = f"**{graph}**{spread}" if graph else ""
     return f"{call}, graph {graph}" if graph else call
