@@ -158,11 +158,14 @@ def _bar_figure(result: Result, rows: list[Row]) -> Any:
     figure, (axes,) = drawing.new_figure(title, drawing.not_run(rows), panel_inches=0.7 + 0.28 * len(rows))
     order = [row.peer for row in rows]
     low, times, high = np.array([(row.ms_p20 or 0, row.ms_p50 or 0, row.ms_p80 or 0) for row in rows]).T
+    # Epochs are read in seconds.
+    scale, unit = (1e3, "s") if times.max() >= 1e4 else (1.0, "ms")
+    low, times, high = low / scale, times / scale, high / scale
     spread, shades = (times - low, high - times), list(drawing.colours(order).values())
     axes.barh(order, times, xerr=spread, color=shades, capsize=3)
     for line, row in enumerate(rows):
         if not row.timed:
             axes.annotate(" not run", (0, line), va="center", fontsize=9)
-    axes.set_xlabel("ms (p20 to p80)")
+    axes.set_xlabel(f"{unit} (p20 to p80)")
     axes.invert_yaxis()
     return figure
