@@ -170,7 +170,9 @@ def check_graph(device: torch.device) -> list[str]:
 def check_steps(device: torch.device) -> list[str]:
     from padfree_bench.gpu_round import step_checks  # imports transformers, which takes seconds
 
-    return step_checks.check_steps(device)
+    failed = step_checks.check_steps(device)
+    say(steps=step_checks.STEPS, failed=failed)
+    return failed
 
 
 CHECKS = {

@@ -122,9 +122,9 @@ def smoke(around: Round) -> list[Step]:
         Step("warm", "kernels compiled side by side into one cache", 60, around.worker("warm", "smoke")),
         Step("agreement", "every row, feature and pattern of padding against fp64 on this device", 50, check("agreement")),
         Step("repeats", "thousands of bitwise equal results under load, launched and replayed", 25, check("repeats")),
-        Step("steps", "the classifier's training step waits for nothing, a graph repeats it, NaN changes no weight", 17, check("steps")),
+        Step("steps", "the classifier's training step waits for nothing, a graph repeats it, NaN changes no weight", 20, check("steps")),
         Step("graph", "a graph replayed on new inputs while another stream allocates", 10, check("graph"), needs_gpu=True),
-        Step("headline", "the two headline cases, first figures", 50,
+        Step("headline", "the two headline cases, first figures", 47,
              around.suite("attention", "smoke", shapes=HEADLINE, directions=BOTH, peers=FIRST_PEERS), result="attention-smoke"),
     ]  # fmt: skip
 
