@@ -73,21 +73,21 @@ class TextClassifier(PreTrainedModel):
         Args:
             input_ids: int64 [B, S], S up to `config.max_length`; packed [1, T].
             attention_mask: [B, S], **1 = token, 0 = padding** (transformers' sign); from `config.pad_token_id`
-                where absent. None where packed.
-            labels: [B], 1 = positive.
-            token_type_ids: ignored; a tokenizer's output may hold it.
+                when None. None where packed.
+            labels: [B], 0 = negative, 1 = positive.
+            token_type_ids: ignored; BERT tokenizers add them.
             position_ids: int64 [1, T], each token's place in its review; with packed reviews only.
             cu_seq_lens_q: int32 [B + 1], the boundaries of packed reviews (see `Packed`); `max_length_q` is the
                 longest's length or more.
             cu_seq_lens_k, max_length_k: ignored; a collator that packs hands out the same again under these names.
 
         Returns:
-            loss: mean binary cross-entropy of z, where labels came.
-            logits: [-z/2, z/2] of each review, [B, 2], so that their softmax is (1 - σ(z), σ(z)); with
-                `config.num_labels` 1 the bare z, [B, 1].
+            loss: the mean binary cross entropy of z, when labels are given.
+            logits: [B, 2] = [-z/2, z/2], whose softmax is (1 - sigmoid(z), sigmoid(z)), so that argmax, `id2label`
+                and pipelines are right; [B, 1] = z where `config.num_labels` is 1.
 
         Raises:
-            ValueError: input_ids is not [B, S], is empty, or S exceeds `config.max_length`; packed reviews came
+            ValueError: input_ids is not [B, S], S is 0, or S exceeds `config.max_length`; packed reviews came
                 without their places or their longest length, or for an attention that would let them see each other.
         """
         self._check_ids(input_ids)

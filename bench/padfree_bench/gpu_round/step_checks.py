@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 
 from imdb_classifier.configuration import TextClassifierConfig
 from imdb_classifier.data.batches import Collator, TokenizedReviews
@@ -37,7 +38,7 @@ def make_batches(device: torch.device, reviews: int, longest: int) -> list[dict[
             TokenizedReviews.from_lists(ids, [n % 2 for n in lengths]).__getitems__(range(reviews))
         )
         del batch["rows"]
-        batches.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+        batches.append(send_to_device(batch, device))
     return batches
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from imdb_classifier.data.batches import Collator, Drawn
@@ -79,7 +80,7 @@ def packed_on_batch(
     drawn = Drawn(batch.input_ids.cpu()[keep], keep.sum(1), batch.labels.cpu(), torch.arange(len(keep)))
     collate = Collator(PAD, batch.input_ids.shape[1], packed=True)
     inputs = {name: value for name, value in collate(drawn).items() if name not in ("labels", "rows")}
-    inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+    inputs = send_to_device(inputs, device)
     return lambda: model(**inputs).logits[:, 1], f"{PACKED}, packed by the collator"
 
 

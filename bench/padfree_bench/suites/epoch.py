@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from imdb_classifier.data.batches import Collator, ReviewBatches, TokenizedReviews, make_loader
 from imdb_classifier.data.sources import read_source
@@ -25,7 +26,7 @@ from padfree_bench.measuring.timing import Effort
 from padfree_bench.suites.contenders import Contest, start_row
 from padfree_bench.suites.models import PAD, ModelCase, admits, choose_models
 from padfree_bench.suites.notebook_model import accuracy
-from padfree_bench.suites.recipes import RECIPES, Recipe, collator, make_trainee, order, to_device
+from padfree_bench.suites.recipes import RECIPES, Recipe, collator, make_trainee, order
 from padfree_bench.suites.session import Session
 from padfree_bench.suites.train import REFERENCE, SIZES, Training, answers, autocast
 
@@ -60,7 +61,9 @@ class Loops:
         self.model.train()
         if self.watch is not None:
             self.watch.start_epoch(0.0, 0, 0, 0)
-        self.training.epoch(to_device(batch, self.accelerator.device) for batch in loader)
+        self.training.epoch(
+            send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in loader
+        )
         if self.watch is not None:
             self.watch.read()
         else:
@@ -99,7 +102,7 @@ def run_case(
     device, dtype = session.device, DTYPES[case.dtype]
     accelerator = make_accelerator(case.dtype, cpu=device.type == "cpu")
     probe = reviews[2].__getitems__(range(len(reviews[2])))
-    batch_of = lambda recipe: to_device(collator(case, recipe)(probe), device)
+    batch_of = lambda recipe: send_to_device(collator(case, recipe)(probe), device)
     reference, padded = make_trainee(case, REFERENCE, device), batch_of(REFERENCE)
     own = answers(reference, padded, dtype)
     reference.module.double()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from imdb_classifier.data.batches import Collator, ReviewBatches, TokenizedReviews
@@ -160,16 +161,10 @@ def collator(case: ModelCase, recipe: Recipe) -> Collator:
     return Collator(PAD, case.seq, recipe.packed, recipe.buckets if recipe.grouped else 1)
 
 
-def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    return {
-        name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-        for name, value in inputs.items()
-    }
-
-
 def make_batches(
     case: ModelCase, recipe: Recipe, data: TokenizedReviews, device: torch.device, seed: int
 ) -> list[Inputs]:
     """All batches of an epoch, on the device before the clock starts."""
     collate = collator(case, recipe)
-    return [to_device(collate(data.__getitems__(rows)), device) for rows in order(case, recipe, data, seed)]
+    rows_of_each = order(case, recipe, data, seed)
+    return [send_to_device(collate(data.__getitems__(rows)), device) for rows in rows_of_each]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from imdb_classifier.training.graphs import GraphedStep
+from imdb_classifier.training.inference import graphs_compiled
 from imdb_classifier.training.watch import STEPS_BETWEEN_READS, Watch
 from padfree_bench.measuring import profiling
 from padfree_bench.measuring.cases import DTYPES, choose_dtypes, pick
@@ -100,13 +101,6 @@ class Training:
         for inputs in batches:
             self.issue(inputs)
             self.settle()
-
-
-def graphs_compiled() -> int:
-    """By torch.compile in this process so far."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
 
 
 def fill_row(row: Row, training: Training, batches: list[Inputs], device: torch.device) -> None:

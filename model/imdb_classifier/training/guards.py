@@ -3,10 +3,10 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from imdb_classifier.checkpoints.checkpoint import write_json
-from imdb_classifier.checkpoints.run_folder import DIAGNOSTIC_FILE, Position
+from imdb_classifier.checkpoints.run_folder import DIAGNOSTIC_FILE
 from imdb_classifier.messages import NonFiniteError, UserError
 from imdb_classifier.training.run import Run
 
@@ -26,22 +26,20 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def describe_fault(run: Run, step: tuple[Position, Tensor]) -> NonFiniteError:
-    """The error for the step that `run.watch` found to be not finite, with a diagnostic beside the checkpoints."""
-    position, rows = step
+def describe_fault(run: Run, index: int) -> NonFiniteError:
+    """The error for the step `run.unread[index]`, found to be not finite, with a diagnostic beside the checkpoints."""
+    position, rows = run.unread[index]
     loss, norm, culprits = run.watch.fault()
     if run.accelerator.num_processes > 1:
         rows = run.accelerator.gather(rows)
     what = f"loss is {loss}"
     if math.isfinite(loss):
         what = f"gradient norm is {norm:g}" + ", too large to be squared in fp32" * math.isfinite(norm)
-    # The first of these batches is the oldest that was not read yet.
-    number = run.state.step - len(run.unread) + 1 + run.unread.index(step)
     diagnostic = {
         "what": what,
         "epoch": position.epoch + 1,
         "batch": position.batch,
-        "step": number,
+        "step": run.state.step - len(run.unread) + index + 1,
         "training_rows": rows.tolist(),
         "non_finite_gradients": culprits,
         "non_finite_weights": non_finite_weights(run.bare_model),

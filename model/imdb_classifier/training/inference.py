@@ -38,11 +38,19 @@ def workers_for(accelerator: Accelerator) -> int:
     return 2 if accelerator.device.type == "cuda" else 0
 
 
+def graphs_compiled() -> int:
+    """By torch.compile in this process so far."""
+    # Only here: it takes a second to import.
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
 def say_graphs(compiled: bool) -> str | None:
     """How many graphs torch.compile made, where it was asked to."""
     if not compiled:
         return None
-    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    made = graphs_compiled()
     return (
         f"torch.compile: {made} graph{'s' * (made != 1)}, for batches filled up to {COMPILE_BUCKETS} lengths"
     )

@@ -14,7 +14,7 @@ from imdb_classifier.messages import UserError, note
 
 # Beyond it a batch's padding alone fills any memory.
 MAX_BATCH_SIZE = 1_000_000
-# Of torch.compile: training and evaluation, each with `BUCKETS` shapes and those of their last batches, and room.
+# Of torch.compile: training and evaluation, each with `COMPILE_BUCKETS` shapes and those of their last batches, and room.
 MAX_GRAPHS = 64
 ON = ("1", "on", "t", "true", "y", "yes")
 OFF = ("0", "off", "f", "false", "n", "no")

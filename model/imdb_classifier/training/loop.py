@@ -104,7 +104,7 @@ def read(run: Run) -> Reading:
     """Wait for the device and take over its sums; NonFiniteError if one of the steps since the last time was broken."""
     state, reading = run.state, run.watch.read()
     if reading.broken >= 0:
-        raise describe_fault(run, run.unread[reading.broken - run.steps_read])
+        raise describe_fault(run, reading.broken - run.steps_read)
     run.steps_read += len(run.unread)
     run.unread.clear()
     state.loss_sum, state.correct, state.seen = reading.loss_sum, reading.correct, reading.seen
@@ -137,8 +137,7 @@ def finish_epoch(run: Run) -> None:
         state.best = state.position
     state.loss_sum, state.correct, state.seen = 0.0, 0, 0
     began, ended = run.epoch_began, time.monotonic()
-    seconds = {"train_seconds": trained - began, "seconds": ended - began}
-    seconds["input_seconds"] = run.input_seconds
+    seconds = {"train_seconds": trained - began, "seconds": ended - began, "input_seconds": run.input_seconds}
     # Before the save: a run killed in between drops what was logged beyond its checkpoint and logs it again.
     values = {f"epoch/{name}": value for name, value in (record | seconds).items()}
     run.reporter.metrics(state.position, state.step, values)
